@@ -1,0 +1,111 @@
+"""Packing of 2-, 4- and 8-bit codes into int32 words.
+
+The layout is KIVI's (arXiv 2402.02750): little-endian inside a word, so that element ``j`` of a run of ``32 / bits``
+codes sits at bits ``[bits * j, bits * (j + 1))``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the torch twin below does the work
+    triton = None
+
+BITS = (2, 4, 8)
+
+
+def pack_reference(codes: Tensor, bits: int) -> Tensor:
+    """[..., n] uint8 codes -> [..., n * bits / 32] int32 words."""
+    per_word = 32 // bits
+    runs = codes.unflatten(-1, (-1, per_word)).to(torch.int32)
+    words = torch.zeros(runs.shape[:-1], dtype=torch.int32, device=codes.device)
+    for j in range(per_word):
+        words |= runs[..., j] << (bits * j)
+    return words
+
+
+def unpack_reference(words: Tensor, bits: int) -> Tensor:
+    """[..., m] int32 words -> [..., m * 32 / bits] uint8 codes."""
+    # Bytes first: every code lies inside one byte, and uint8 arithmetic moves a quarter of the memory.
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return octets
+    mask = (1 << bits) - 1
+    parts = [(octets >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _pack_kernel(codes, words, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
+        per_word: tl.constexpr = 32 // BITS
+        word = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # int64 before any stride
+        here = word < count
+        packed = tl.zeros([BLOCK], dtype=tl.int32)
+        for j in tl.static_range(per_word):
+            code = tl.load(codes + word * per_word + j, mask=here, other=0).to(tl.int32)
+            packed = packed | (code << (BITS * j))
+        tl.store(words + word, packed, mask=here)
+
+    @triton.jit
+    def _unpack_kernel(words, codes, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
+        per_word: tl.constexpr = 32 // BITS
+        index = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        here = index < count
+        word = tl.load(words + index // per_word, mask=here, other=0)
+        # `>>` is arithmetic on int32: mask after the shift, or negative words leak their sign.
+        shift = ((index % per_word) * BITS).to(tl.int32)
+        tl.store(codes + index, ((word >> shift) & ((1 << BITS) - 1)).to(tl.uint8), mask=here)
+
+
+def _use_triton(x: Tensor, reference: bool) -> bool:
+    return triton is not None and not reference and x.is_cuda
+
+
+def pack(codes: Tensor, bits: int, *, reference: bool = False, kernel: bool = False) -> Tensor:
+    """Pack uint8 ``codes`` [..., n] into int32 words [..., n * bits / 32].
+
+    CUDA tensors take the Triton kernel, others the torch twin; ``kernel=True`` forces the kernel (tests run it in
+    Triton's interpreter).
+
+    Raises:
+        ValueError: ``bits`` is not 2, 4 or 8, codes are not uint8, or n codes do not fill whole words.
+    """
+    _check_bits(bits)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"pack takes uint8 codes, got {codes.dtype}")
+    if codes.shape[-1] * bits % 32:
+        raise ValueError(f"pack needs a multiple of {32 // bits} codes in the last axis, got {codes.shape[-1]}")
+    if not (kernel or _use_triton(codes, reference)):
+        return pack_reference(codes, bits)
+    codes = codes.contiguous()
+    words = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 32, dtype=torch.int32, device=codes.device)
+    if words.numel():
+        grid = (triton.cdiv(words.numel(), 256),)
+        _pack_kernel[grid](codes, words, words.numel(), BITS=bits, BLOCK=256)
+    return words
+
+
+def unpack(words: Tensor, bits: int, *, reference: bool = False, kernel: bool = False) -> Tensor:
+    """Unpack int32 ``words`` [..., m] into uint8 codes [..., m * 32 / bits]; the inverse of :func:`pack`."""
+    _check_bits(bits)
+    if words.dtype != torch.int32:
+        raise ValueError(f"unpack takes int32 words, got {words.dtype}")
+    if not (kernel or _use_triton(words, reference)):
+        return unpack_reference(words, bits)
+    words = words.contiguous()
+    codes = torch.empty(*words.shape[:-1], words.shape[-1] * 32 // bits, dtype=torch.uint8, device=words.device)
+    if codes.numel():
+        grid = (triton.cdiv(codes.numel(), 1024),)
+        _unpack_kernel[grid](words, codes, codes.numel(), BITS=bits, BLOCK=1024)
+    return codes
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits}")

@@ -1,0 +1,137 @@
+"""The cache of one run: a transformers ``Cache`` whose layers follow a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from workbench.cache.layer import WorkbenchLayer
+from workbench.errors import WorkbenchError
+from workbench.strategies.recipe import Recipe
+
+if TYPE_CHECKING:
+    from workbench.cache.segments import Query
+    from workbench.models.geometry import Geometry
+
+
+class AttentionProbe(Protocol):
+    """Observes attention without changing it."""
+
+    def on_attention(self, layer: WorkbenchLayer, query: Query, out: Tensor) -> None:
+        """Called after each layer attended; ``out`` is [B, Hq, Tq, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a cache really holds, in bytes. Every tensor is counted once, metadata included."""
+
+    used_bytes: int
+    reserved_bytes: int  # allocated for entries to come, not in use
+    peak_bytes: int
+    by_layer: list[int]
+    by_kind: dict[str, int]
+    by_head: list[list[int]] = field(default_factory=list)  # [layers][KV heads]
+
+
+class WorkbenchCache(Cache):
+    """Drop-in for ``model.generate(past_key_values=…)``; made by :func:`workbench.cache`.
+
+    Args:
+        recipe: what happens to the cached entries.
+        geometry: of the model this cache is for.
+        prompt_length: tokens of the prompt when it is fed in several chunks; without it the first forward call is
+            taken for the whole prompt.
+        probes: observers of attention.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        geometry: Geometry,
+        prompt_length: int | None = None,
+        probes: Sequence[AttentionProbe] = (),
+    ) -> None:
+        self.recipe, self.geometry, self.prompt_length = recipe, geometry, prompt_length
+        self.probes: list[AttentionProbe] = list(probes)
+        self.replaying = False
+        self.peak_bytes = 0
+        self._layer_bytes = [0] * geometry.num_layers
+        super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
+        for part in recipe.parts:
+            part.check(geometry)
+
+    def note_prompt(self, tokens: int) -> None:
+        """The first forward call tells the prompt's length unless it was given."""
+        if self.prompt_length is None:
+            self.prompt_length = tokens
+
+    def note_bytes(self, layer: WorkbenchLayer) -> None:
+        self._layer_bytes[layer.index] = sum(layer.nbytes().values())
+        self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes))
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, queries attend to what is held and nothing is appended: the last token asked once more."""
+        self.replaying = True
+        try:
+            yield
+        finally:
+            self.replaying = False
+
+    def apply_recipe(self, queries: Sequence[Query], last_chunk: int) -> None:
+        """Act as after the prompt, on a cache whose prompt was read under the empty recipe.
+
+        Args:
+            queries: per layer, the last queries of the prompt.
+            last_chunk: tokens of the prompt's last chunk: what a layer held before it counts towards the peak of a
+                run that had read the prompt under this recipe.
+        """
+        before = (self.prompt_length or 0) - last_chunk
+        self.peak_bytes = 0
+        full = [sum(layer.nbytes().values()) for layer in self.layers]
+        self._layer_bytes = [size * before // max(1, layer.seen) for size, layer in zip(full, self.layers, strict=True)]
+        for layer, query in zip(self.layers, queries, strict=True):
+            self.note_bytes(layer)
+            for number, part in enumerate(self.recipe.parts):
+                part.after_prefill(layer.view(number, query))
+            self.note_bytes(layer)
+        for part in self.recipe.parts:
+            part.after_prompt(self)
+
+    def clone(self, recipe: Recipe | None = None) -> WorkbenchCache:
+        """Fork: the twin shares all storage held now. A new recipe applies from the next step on."""
+        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length)
+        twin.layers = [layer.clone(twin) for layer in self.layers]
+        if recipe is not None:
+            for layer in twin.layers:
+                layer.states = [{} for _ in recipe.parts]
+        twin.peak_bytes, twin._layer_bytes = self.peak_bytes, list(self._layer_bytes)
+        return twin
+
+    def memory(self) -> Memory:
+        """The bytes held now, by layer, head and kind."""
+        by_layer = [sum(layer.nbytes().values()) for layer in self.layers]
+        by_kind: dict[str, int] = {}
+        for layer in self.layers:
+            for kind, size in layer.nbytes().items():
+                by_kind[kind] = by_kind.get(kind, 0) + size
+        heads = self.geometry.num_kv_heads
+        by_head = []
+        for layer in self.layers:
+            rows = layer.store.nbytes_by_row()
+            by_head.append([sum(rows[h::heads]) for h in range(heads)] if layer.is_initialized else [0] * heads)
+        reserved = sum(layer.store.reserved_bytes() for layer in self.layers)
+        return Memory(sum(by_layer), reserved, max(self.peak_bytes, sum(by_layer)), by_layer, by_kind, by_head)
+
+    def kept(self, layer: int, kv_head: int, batch: int = 0) -> list[int]:
+        """Positions one head still holds, ascending."""
+        store = self.layers[layer].store
+        if not 0 <= kv_head < store.heads:
+            raise WorkbenchError(f"KV head {kv_head} does not exist; this model has heads 0 to {store.heads - 1}.")
+        return sorted(store.positions(batch * store.heads + kv_head).tolist())

@@ -1,0 +1,238 @@
+"""The cache layer handed to transformers, and the view of it that strategies work on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from workbench.cache.segments import Query, entry_mask
+from workbench.cache.store import Codec, Store
+from workbench.errors import WorkbenchError
+from workbench_kernels import attention_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workbench.cache.cache import WorkbenchCache
+
+
+class LayerView:
+    """One layer as a strategy sees it. Axes: B batch, H KV heads, G group, n entries, D head_dim.
+
+    Attributes:
+        layer: index of the layer.
+        prompt_length: tokens of the prompt.
+        seen: tokens seen so far, kept or not.
+        chunk: queries of the chunk just attended [B, Hq, Tq, D], after RoPE.
+        state: this strategy's own tensors for this layer; counted as cache memory.
+    """
+
+    def __init__(self, owner: WorkbenchLayer, query: Query, state: dict[str, Tensor]) -> None:
+        self._owner, self._query, self.state = owner, query, state
+        self.layer, self.seen = owner.index, owner.seen
+        self.prompt_length = owner.cache.prompt_length or owner.seen
+        self.chunk = query.q
+
+    @property
+    def kv_heads(self) -> int:
+        return self._owner.store.heads
+
+    @property
+    def scale(self) -> float:
+        return self._query.scale
+
+    @property
+    def length(self) -> int:
+        """Entries held by every row (rows must be of equal length)."""
+        return self._owner.store.lengths[0]
+
+    def keys(self) -> Tensor:
+        """[B, H, n, D] decoded, after RoPE."""
+        return self._owner.store.keys()
+
+    def values(self) -> Tensor:
+        """[B, H, n, D] decoded."""
+        return self._owner.store.values()
+
+    def positions(self) -> Tensor:
+        """int32 [B, H, n]: the position of every entry in the token sequence."""
+        store = self._owner.store
+        return torch.stack([store.positions(row) for row in range(store.rows)]).unflatten(0, (store.batch, -1))
+
+    def queries(self, window: int) -> Tensor:
+        """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
+        recent = self._owner.recent_queries
+        return (self.chunk if recent is None else recent)[:, :, -window:]
+
+    def window_attention(self, window: int) -> Tensor:
+        """Softmax weights of the last ``window`` queries over all n entries: float32 [B, H, G, W, n], causal."""
+        q = self.queries(window)
+        keys = self.keys()
+        grouped = q.unflatten(1, (self.kv_heads, -1))  # [B, H, G, W, D]
+        logits = torch.einsum("bhgwd,bhtd->bhgwt", grouped.float(), keys.float()) * self.scale
+        if self._query.softcap is not None:
+            logits = self._query.softcap * torch.tanh(logits / self._query.softcap)
+        asked = torch.arange(self.seen - q.shape[2], self.seen, device=q.device)  # positions of the queries
+        at = self.positions()[:, :, None, None, :]
+        hidden = at > asked[:, None]
+        if self._query.window is not None:
+            hidden = hidden | (at <= asked[:, None] - self._query.window)
+        return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+
+    def chunk_attention_sums(self) -> Tensor:
+        """Attention each entry received from the chunk's queries, summed over them: float32 [B, Hq, n]."""
+        q = self._query
+        mask = None if q.window is None else entry_mask(q, self.positions())
+        return attention_sums(self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap)
+
+    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
+        """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
+        self._owner.store.keep(index)
+
+    def recode(self, codec: Codec) -> None:
+        """Hold this layer's entries by ``codec`` from now on."""
+        self._owner.store.recode(codec)
+
+
+class WorkbenchLayer(CacheLayerMixin):
+    """A transformers cache layer backed by a :class:`Store`.
+
+    ``update`` returns only the new chunk's tensors, tagged with this layer; the registered attention function reads
+    the tag and attends through the store.
+    """
+
+    is_croppable = False
+    supports_early_init = False  # rows and dtype are known at the first chunk only
+
+    def __init__(self, index: int, cache: WorkbenchCache, sliding_window: int | None) -> None:
+        super().__init__()
+        self.index, self.cache, self.sliding_window = index, cache, sliding_window
+        self.is_sliding = sliding_window is not None
+        self.store: Store = Store(1, 1)
+        self.seen = 0
+        self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
+        self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
+        self._waiting = False
+
+    # --- transformers' side -------------------------------------------------------------------------------------
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.store = Store(key_states.shape[0], key_states.shape[1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._waiting:
+            raise WorkbenchError(
+                f"Layer {self.index}'s attention did not run through this cache, so its output would ignore the past; "
+                "call model.set_attn_implementation('workbench') before generating."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.store.batch:
+            raise WorkbenchError(
+                f"The batch changed from {self.store.batch} to {key_states.shape[0]} rows during generation; beam "
+                "search is not supported by this cache, use greedy search or sampling."
+            )
+        if not self.cache.replaying:
+            self.cache.note_prompt(key_states.shape[2])
+            if self.seen == 0:
+                self.store.reserve(key_states, max(key_states.shape[2], self.cache.prompt_length or 0) + 64)
+            self.store.append(key_states, value_states, self.seen)
+            self.seen += key_states.shape[2]
+        self._waiting = True
+        key_states._workbench_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens *seen*, not kept, so that positions stay true after eviction."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise WorkbenchError("This cache cannot reorder beams; use num_beams=1 (greedy search or sampling).")
+
+    def reset(self) -> None:
+        raise WorkbenchError("A workbench cache belongs to one run; make a new one with wb.cache(recipe, model).")
+
+    # --- our side -----------------------------------------------------------------------------------------------
+    def attend(
+        self,
+        q: Tensor,
+        scale: float,
+        *,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Attention of q [B, Hq, Tq, D] over the store; then the recipe acts on this layer."""
+        self._waiting = False
+        cache = self.cache
+        if padding is not None and cache.recipe.parts:
+            raise WorkbenchError(
+                f"The recipe '{cache.recipe.text}' cannot run on a padded batch; run prompts of different lengths one "
+                "by one, or use 'full'."
+            )
+        query = Query(q, self.seen - q.shape[2], not cache.replaying, scale, window, softcap, padding)
+        out = self.store.attend(query, sinks)
+        for probe in cache.probes:
+            probe.on_attention(self, query, out)
+        if not cache.replaying:
+            self._act(query)
+        return out
+
+    def view(self, part: int, query: Query) -> LayerView:
+        return LayerView(self, query, self.states[part])
+
+    def _act(self, query: Query) -> None:
+        cache = self.cache
+        in_prompt = self.seen <= (cache.prompt_length or 0)
+        ends_prompt = self.seen == cache.prompt_length
+        if in_prompt:
+            self._remember_queries(query.q)
+            cache.note_bytes(self)  # before anything is dropped: this is what the prefill really holds
+        for number, part in enumerate(cache.recipe.parts):
+            if in_prompt:
+                part.on_chunk(self.view(number, query))
+            if ends_prompt:
+                part.after_prefill(self.view(number, query))
+            elif not in_prompt:
+                part.after_step(self.view(number, query))
+        if ends_prompt:
+            self.recent_queries = None
+        if not in_prompt:
+            self.store.settle()
+        if query.window is not None:
+            self.store.drop_before(self.seen - query.window)
+        cache.note_bytes(self)
+        if ends_prompt and self.index == len(cache.layers) - 1:
+            for part in cache.recipe.parts:
+                part.after_prompt(cache)
+
+    def _remember_queries(self, q: Tensor) -> None:
+        window = self.cache.recipe.query_window
+        if window and q.shape[2] < window:
+            held = [] if self.recent_queries is None else [self.recent_queries]
+            self.recent_queries = torch.cat([*held, q], 2)[:, :, -window:]
+        elif window:
+            self.recent_queries = q[:, :, -window:].clone()  # a copy, so that the rest of the chunk can be freed
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes in use by kind, the strategies' own state included."""
+        held = self.store.nbytes() if self.is_initialized else {}
+        state = sum(t.numel() * t.element_size() for s in self.states for t in s.values())
+        return {**held, "scores": state} if state else held
+
+    def clone(self, cache: WorkbenchCache) -> WorkbenchLayer:
+        twin = WorkbenchLayer(self.index, cache, self.sliding_window)
+        twin.store, twin.seen, twin.is_initialized = self.store.clone(), self.seen, self.is_initialized
+        twin.recent_queries = self.recent_queries
+        twin.states = [dict(state) for state in self.states]  # strategies replace tensors, never write into them
+        return twin

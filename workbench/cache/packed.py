@@ -1,0 +1,216 @@
+"""Packed segment: keys quantized per channel in groups of tokens, values per token in groups of channels (KIVI).
+
+Both sides keep their newest tokens in full precision; they leave that residual at different times, so keys and values
+have different packed lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench.cache.affine import dequantize, quantize
+from workbench.cache.growable import Growable, Residual
+from workbench.cache.segments import Partial, Query, Segment, entry_mask
+from workbench_kernels import attend, merge_partials
+
+BLOCK = 1024  # entries decoded at a time while attending; no dense copy of more than this exists
+
+
+class PackedSegment(Segment):
+    """Entries of equal number per row, held as codes plus a full-precision residual.
+
+    Args:
+        key_bits, value_bits: 2, 4 or 8.
+        group_size: elements per scale (g): tokens of one channel for keys, channels of one token for values.
+        residual_length: newest tokens in full precision (R, a multiple of g).
+    """
+
+    def __init__(
+        self, batch: int, heads: int, key_bits: int, value_bits: int, group_size: int, residual_length: int
+    ) -> None:
+        self.batch, self.heads = batch, heads
+        self.key_bits, self.value_bits = key_bits, value_bits
+        self.group_size, self.residual_length = group_size, residual_length
+        # keys: codes [B, H, groups, D, g * bits / 32], scale and minimum [B, H, groups, D]
+        flush = residual_length // group_size  # groups that arrive together
+        self.key_codes, self.key_scale, self.key_low = (Growable(spare=flush) for _ in range(3))
+        # values: codes [B, H, n, D / g, g * bits / 32], scale and minimum [B, H, n, D / g]
+        self.value_codes, self.value_scale, self.value_low = Growable(), Growable(), Growable()
+        self.key_residual, self.value_residual = Residual(residual_length), Residual(residual_length + 1)
+        self.start = 0
+        self.at: Growable | None = None  # explicit positions [B, H, n] once entries were dropped
+
+    @property
+    def packed_keys(self) -> int:
+        return self.key_scale.length * self.group_size
+
+    @property
+    def packed_values(self) -> int:
+        return self.value_scale.length
+
+    @property
+    def length(self) -> int:
+        return self.packed_keys + self.key_residual.length
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.length] * (self.batch * self.heads)
+
+    def load(self, k: Tensor, v: Tensor, positions: Tensor | None, start: int = 0) -> None:
+        """Take over k, v [B, H, n, D] and pack all that lies before the residual (the state after a prompt).
+
+        Keys: the first n - (n mod R) tokens. Values: the first n - R tokens.
+        """
+        n, residual = k.shape[2], self.residual_length
+        self.start = start
+        if positions is not None:
+            self.at = Growable.of(positions)
+        cut = n - n % residual if n >= residual else 0
+        self._pack_keys(k[:, :, :cut])
+        self.key_residual.append(k[:, :, cut:])
+        cut = max(n - residual, 0)
+        self._pack_values(v[:, :, :cut])
+        self.value_residual.append(v[:, :, cut:])
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        if self.length == 0 and self.at is None:
+            self.start = start
+        self.key_residual.append(k)
+        self.value_residual.append(v)
+        if self.at is not None:
+            steps = torch.arange(start, start + k.shape[2], dtype=torch.int32, device=k.device)
+            self.at.append(steps.expand(self.batch, self.heads, -1))
+
+    def settle(self) -> None:
+        """Pack what has left the residual: keys R at a time, values one token at a time."""
+        full = self.key_residual.length // self.residual_length * self.residual_length
+        if full:
+            self._pack_keys(self.key_residual.pop_front(full))
+        over = self.value_residual.length - self.residual_length
+        if over > 0:
+            self._pack_values(self.value_residual.pop_front(over))
+
+    def _pack_keys(self, k: Tensor) -> None:
+        if k.shape[2] == 0:
+            return
+        grouped = k.unflatten(2, (-1, self.group_size)).transpose(-1, -2)  # [B, H, groups, D, g]
+        codes, scale, low = quantize(grouped, self.key_bits)
+        self.key_codes.append(codes)
+        self.key_scale.append(scale)
+        self.key_low.append(low)
+
+    def _pack_values(self, v: Tensor) -> None:
+        if v.shape[2] == 0:
+            return
+        codes, scale, low = quantize(v.unflatten(-1, (-1, self.group_size)), self.value_bits)
+        self.value_codes.append(codes)
+        self.value_scale.append(scale)
+        self.value_low.append(low)
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """Decoded keys [B, H, stop - start, D] of one block of entries."""
+        cut, g = self.packed_keys, self.group_size
+        parts = []
+        if start < cut:
+            g0, g1 = start // g, -(-min(stop, cut) // g)
+            dense = dequantize(
+                self.key_codes.read(g0, g1),
+                self.key_scale.read(g0, g1),
+                self.key_low.read(g0, g1),
+                self.key_bits,
+                self.key_residual.view().dtype,
+            )
+            dense = dense.transpose(-1, -2).flatten(2, 3)  # [B, H, groups * g, D]
+            parts.append(dense[:, :, start - g0 * g : min(stop, cut) - g0 * g])
+        if stop > cut:
+            parts.append(self.key_residual.view()[:, :, max(start - cut, 0) : stop - cut])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """Decoded values [B, H, stop - start, D] of one block of entries."""
+        cut = self.packed_values
+        parts = []
+        if start < cut:
+            n1 = min(stop, cut)
+            dense = dequantize(
+                self.value_codes.read(start, n1),
+                self.value_scale.read(start, n1),
+                self.value_low.read(start, n1),
+                self.value_bits,
+                self.value_residual.view().dtype,
+            )
+            parts.append(dense.flatten(-2))
+        if stop > cut:
+            parts.append(self.value_residual.view()[:, :, max(start - cut, 0) : stop - cut])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def positions(self) -> Tensor:
+        """int32 [B, H, n], or [1, 1, n] while they are implied."""
+        if self.at is not None:
+            return self.at.read(0, self.length)
+        device = self.key_residual.view().device
+        return torch.arange(self.start, self.start + self.length, dtype=torch.int32, device=device)[None, None]
+
+    def attend(self, query: Query, need_lse: bool = True) -> Partial:
+        # Blocks end where either side stops being packed, so that no block mixes codes and residual rows. The
+        # queries' own entries were appended last and are all in the final block.
+        last = max(self.packed_keys, self.packed_values)
+        cuts = {*range(0, last, BLOCK), min(self.packed_keys, self.packed_values), last, self.length, 0}
+        edges = sorted(cuts)
+        masked = query.window is not None or query.padding is not None
+        positions = self.positions() if masked else None
+        parts: list[Partial] = []
+        for a, b in zip(edges, edges[1:], strict=False):
+            mask = None if positions is None else entry_mask(query, positions[:, :, a:b])
+            own = query.own and b == self.length
+            k, v = self.keys(a, b), self.values(a, b)
+            parts.append(attend(query.q, k, v, query.scale, causal=own, mask=mask, softcap=query.softcap))  # type: ignore[arg-type]
+        return merge_partials(parts)
+
+    def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        b, h = divmod(row, self.heads)
+        at = self.positions()
+        return (
+            self.keys(0, self.length)[b, h],
+            self.values(0, self.length)[b, h],
+            at[b, h] if self.at is not None else at[0, 0],
+        )
+
+    def _codes(self) -> list[Growable]:
+        return [self.key_codes, self.value_codes]
+
+    def _scales(self) -> list[Growable]:
+        return [self.key_scale, self.key_low, self.value_scale, self.value_low]
+
+    def nbytes(self) -> dict[str, int]:
+        held = {
+            "codes": sum(g.nbytes() for g in self._codes()),
+            "scales": sum(g.nbytes() for g in self._scales()),
+            "window": self.key_residual.nbytes() + self.value_residual.nbytes(),
+        }
+        if self.at is not None:
+            held["positions"] = self.at.nbytes()
+        return held
+
+    def nbytes_by_row(self) -> list[int]:
+        rows = self.batch * self.heads
+        return [sum(self.nbytes().values()) // rows] * rows
+
+    def reserved_bytes(self) -> int:
+        growing = [*self._codes(), *self._scales(), *([self.at] if self.at is not None else [])]
+        residuals = self.key_residual.reserved_bytes() + self.value_residual.reserved_bytes()
+        return sum(g.reserved_bytes() for g in growing) + residuals
+
+    def clone(self) -> PackedSegment:
+        twin = PackedSegment(
+            self.batch, self.heads, self.key_bits, self.value_bits, self.group_size, self.residual_length
+        )
+        for name in ("key_codes", "key_scale", "key_low", "value_codes", "value_scale", "value_low"):
+            setattr(twin, name, getattr(self, name).clone())
+        twin.key_residual, twin.value_residual = self.key_residual.clone(), self.value_residual.clone()
+        twin.start, twin.at = self.start, None if self.at is None else self.at.clone()
+        return twin
+
+    def packed(self, row: int) -> int:
+        return min(self.packed_keys, self.packed_values)

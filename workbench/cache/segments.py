@@ -1,0 +1,307 @@
+"""Segments: runs of cached entries of one layer that are held the same way.
+
+Axes: B batch, H KV heads, n entries, D head_dim. A *row* is one (batch, KV head) pair, numbered b * H + h.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from workbench.cache.growable import Growable
+from workbench_kernels import attend, merge_partials
+from workbench_kernels.attention import MaskFn
+
+Partial = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a layer asks of its entries.
+
+    Attributes:
+        q: [B, Hq, Tq, D] after RoPE.
+        start: position of the first query; they are consecutive.
+        own: the queries' own entries are the last Tq of the store (causal among themselves); False when they were
+            not appended.
+        scale: factor on the logits.
+        window: entries a sliding-window layer sees, counting the query's own; None for full attention.
+        softcap: Gemma 2's soft-capping of the logits, or None.
+        padding: bool [B, seen], False where a left-padded batch has no token; None without padding.
+    """
+
+    q: Tensor
+    start: int
+    own: bool
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    padding: Tensor | None = None
+
+    def narrow(self, row_batch: int, first_head: int, last_head: int) -> Query:
+        """The same question for the query heads of one row: q becomes [1, G, Tq, D]."""
+        padding = None if self.padding is None else self.padding[row_batch : row_batch + 1]
+        q = self.q[row_batch : row_batch + 1, first_head:last_head]
+        return replace(self, q=q, padding=padding)
+
+    def last(self, window: int, earlier: Query | None = None) -> Query:
+        """The last ``window`` queries on their own (a copy), continuing ``earlier`` ones where a chunk is short."""
+        q = self.q
+        if earlier is not None and q.shape[2] < window and earlier.start + earlier.q.shape[2] == self.start:
+            q = torch.cat([earlier.q, q], 2)
+        q = q[:, :, -window:].clone()
+        return replace(self, q=q, start=self.start + self.q.shape[2] - q.shape[2])
+
+
+def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
+    """Additive mask for entries at ``positions`` [B, H, n] (or [1, 1, n] when all rows share them); None = all seen."""
+    if query.window is None and query.padding is None:
+        return None
+    group = query.q.shape[1] // positions.shape[1] if positions.shape[1] > 1 else 1
+
+    def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
+        at = positions[:, :, None, n0:n1]  # [B, H, 1, n]
+        hidden = torch.zeros_like(at, dtype=torch.bool)
+        if query.window is not None:
+            asked = torch.arange(query.start + q0, query.start + q1, device=at.device)[:, None]
+            hidden = hidden | (at <= asked - query.window)
+        if query.padding is not None:
+            batch = torch.arange(query.padding.shape[0], device=at.device).view(-1, 1, 1, 1)
+            hidden = hidden | ~query.padding[batch, at.long()]
+        additive = torch.zeros(hidden.shape, device=at.device).masked_fill_(hidden, float("-inf"))
+        return additive.repeat_interleave(group, 1)
+
+    return mask
+
+
+class Segment(ABC):
+    """Entries of one layer held in one way. Subclasses say how; the store only knows this interface."""
+
+    batch: int
+    heads: int
+
+    @property
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Entries of each row (B * H numbers)."""
+
+    @abstractmethod
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Add entries k, v [B, H, T, D] at positions start, start + 1, … to every row."""
+
+    @abstractmethod
+    def attend(self, query: Query, need_lse: bool = True) -> Partial:
+        """Attention over these entries: output [B, Hq, Tq, D] and log-sum-exp [B, Hq, Tq]."""
+
+    @abstractmethod
+    def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoded keys [n, D], values [n, D] and positions int32 [n] of one row."""
+
+    @abstractmethod
+    def nbytes(self) -> dict[str, int]:
+        """Bytes in use by kind (keys, values, codes, scales, positions, window); every tensor held is in one kind."""
+
+    @abstractmethod
+    def nbytes_by_row(self) -> list[int]:
+        """The same bytes by row."""
+
+    @abstractmethod
+    def reserved_bytes(self) -> int:
+        """Bytes allocated for entries to come."""
+
+    @abstractmethod
+    def clone(self) -> Segment:
+        """A segment that shares this one's storage and can be appended to on its own."""
+
+    def settle(self) -> None:
+        """Called after the layer attended: a codec may now pack what has left its residual window."""
+
+    def packed(self, row: int) -> int:
+        """How many of a row's first entries have both key and value held as codes."""
+        return 0
+
+
+class DenseSegment(Segment):
+    """Every row holds the same number of entries, in the model's dtype.
+
+    Positions are implied (``start``, ``start + 1``, …) until entries are dropped; from then on they are stored, int32
+    per row and entry, and counted.
+    """
+
+    def __init__(self, batch: int, heads: int, start: int = 0) -> None:
+        self.batch, self.heads, self.start = batch, heads, start
+        self.k, self.v = Growable(), Growable()
+        self.at: Growable | None = None  # explicit positions [B, H, n]
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, positions: Tensor) -> DenseSegment:
+        """Hold k, v [B, H, n, D] at ``positions`` int32 [B, H, n]."""
+        self = cls(k.shape[0], k.shape[1])
+        self.k, self.v, self.at = Growable.of(k), Growable.of(v), Growable.of(positions.to(torch.int32))
+        return self
+
+    @property
+    def length(self) -> int:
+        return self.k.length
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.length] * (self.batch * self.heads)
+
+    def reserve(self, like: Tensor, rows: int) -> None:
+        self.k.reserve(like, rows)
+        self.v.reserve(like, rows)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        if self.length == 0 and self.at is None:
+            self.start = start
+        self.k.append(k)
+        self.v.append(v)
+        if self.at is not None:
+            steps = torch.arange(start, start + k.shape[2], dtype=torch.int32, device=k.device)
+            self.at.append(steps.expand(self.batch, self.heads, -1))
+
+    def positions(self) -> Tensor:
+        """int32 [B, H, n], or [1, 1, n] while they are implied."""
+        if self.at is None:
+            device = self.k.blocks()[0].device
+            return torch.arange(self.start, self.start + self.length, dtype=torch.int32, device=device)[None, None]
+        return self.at.read(0, self.length)
+
+    def attend(self, query: Query, need_lse: bool = True) -> Partial:
+        blocks = list(zip(self.k.blocks(), self.v.blocks(), strict=True))
+        if self.at is None and query.padding is None and len(blocks) == 1:
+            # Consecutive entries: a window is a band, no mask is needed. A replayed query's own entry is the last one.
+            own = query.own or query.window is not None
+            return self._one(*blocks[0], query, own, query.window, None, need_lse)
+        positions = self.positions()
+        parts, offset = [], 0
+        for k, v in blocks:
+            here = positions[:, :, offset : offset + k.shape[2]]
+            offset += k.shape[2]
+            own = query.own and offset == self.length  # appended in one go, so all in the last block
+            parts.append(self._one(k, v, query, own, None, entry_mask(query, here), True))
+        return merge_partials(parts)
+
+    def _one(
+        self,
+        k: Tensor,
+        v: Tensor,
+        query: Query,
+        own: bool,
+        window: int | None,
+        mask: MaskFn | None,
+        need_lse: bool,
+    ) -> Partial:
+        out, lse = attend(
+            query.q,
+            k,
+            v,
+            query.scale,
+            causal=own,
+            window=window,
+            mask=mask,
+            softcap=query.softcap,
+            need_lse=need_lse,
+        )
+        return out, lse  # type: ignore[return-value]
+
+    def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        b, h = divmod(row, self.heads)
+        at = self.positions()
+        return self.keys()[b, h], self.values()[b, h], at[b, h] if self.at is not None else at[0, 0]
+
+    def keys(self) -> Tensor:
+        """[B, H, n, D]; a view while there is one block."""
+        return self.k.read(0, self.length)
+
+    def values(self) -> Tensor:
+        return self.v.read(0, self.length)
+
+    def drop_before(self, position: int) -> None:
+        """Free the oldest entries of consecutive positions (a sliding window has passed them)."""
+        cut = min(max(0, position - self.start), self.length)
+        if self.at is not None or cut == 0:
+            return
+        k, v = self.k.read(cut, self.length), self.v.read(cut, self.length)
+        self.k, self.v = Growable(), Growable()
+        self.start += cut
+        self.k.append(k)
+        self.v.append(v)
+
+    def nbytes(self) -> dict[str, int]:
+        held = {"keys": self.k.nbytes(), "values": self.v.nbytes()}
+        if self.at is not None:
+            held["positions"] = self.at.nbytes()
+        return held
+
+    def nbytes_by_row(self) -> list[int]:
+        rows = self.batch * self.heads
+        return [sum(self.nbytes().values()) // rows] * rows
+
+    def reserved_bytes(self) -> int:
+        return sum(g.reserved_bytes() for g in (self.k, self.v, self.at) if g is not None)
+
+    def clone(self) -> DenseSegment:
+        twin = DenseSegment(self.batch, self.heads, self.start)
+        twin.k, twin.v = self.k.clone(), self.v.clone()
+        twin.at = None if self.at is None else self.at.clone()
+        return twin
+
+
+class RaggedSegment(Segment):
+    """Every row keeps its own number of entries: one single-row segment per (batch, KV head)."""
+
+    def __init__(self, rows: Sequence[Segment], heads: int) -> None:
+        self.rows = list(rows)
+        self.heads, self.batch = heads, len(self.rows) // heads
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.lengths[0] for row in self.rows]
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        for index, row in enumerate(self.rows):
+            b, h = divmod(index, self.heads)
+            row.append(k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1], start)
+
+    def attend(self, query: Query, need_lse: bool = True) -> Partial:
+        batch, query_heads, queries, _ = query.q.shape
+        group = query_heads // self.heads
+        out = torch.empty_like(query.q)
+        lse = torch.empty(batch, query_heads, queries, dtype=torch.float32, device=query.q.device)
+        for index, row in enumerate(self.rows):
+            b, h = divmod(index, self.heads)
+            heads = slice(h * group, (h + 1) * group)
+            out[b, heads], lse[b, heads] = (x[0] for x in row.attend(query.narrow(b, heads.start, heads.stop)))
+        return out, lse
+
+    def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows[row].entries(0)
+
+    def nbytes(self) -> dict[str, int]:
+        held: dict[str, int] = {}
+        for row in self.rows:
+            for kind, size in row.nbytes().items():
+                held[kind] = held.get(kind, 0) + size
+        return held
+
+    def nbytes_by_row(self) -> list[int]:
+        return [row.nbytes_by_row()[0] for row in self.rows]
+
+    def reserved_bytes(self) -> int:
+        return sum(row.reserved_bytes() for row in self.rows)
+
+    def clone(self) -> RaggedSegment:
+        return RaggedSegment([row.clone() for row in self.rows], self.heads)
+
+    def settle(self) -> None:
+        for row in self.rows:
+            row.settle()
+
+    def packed(self, row: int) -> int:
+        return self.rows[row].packed(0)

@@ -1,0 +1,181 @@
+"""A layer's store: a list of segments, and the operations strategies perform on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from workbench.cache.segments import DenseSegment, Query, RaggedSegment, Segment
+from workbench_kernels import merge_partials
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Codec(Protocol):
+    """How entries are held: makes the segment that takes over a run of entries."""
+
+    def encode(self, k: Tensor, v: Tensor, positions: Tensor | None, start: int) -> Segment:
+        """Hold k, v [B, H, n, D]; ``positions`` int32 [B, H, n], or None when they are start, start + 1, …"""
+        ...
+
+
+class Store:
+    """The cached entries of one layer; every tensor it holds is counted by :meth:`nbytes`."""
+
+    def __init__(self, batch: int, heads: int) -> None:
+        self.batch, self.heads = batch, heads
+        self.segments: list[Segment] = [DenseSegment(batch, heads)]
+        self.codec: Codec | None = None
+        self._dropped = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether a strategy dropped entries or holds some as codes."""
+        return self._dropped or any(self.packed(row) for row in range(self.rows))
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries held by each row (batch * KV heads numbers)."""
+        return [sum(counts) for counts in zip(*(s.lengths for s in self.segments), strict=True)]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every row holds the same number of entries."""
+        return len(set(self.lengths)) == 1
+
+    def reserve(self, like: Tensor, rows: int) -> None:
+        """Make room for ``rows`` entries before the first append, so that a long prefill does not reallocate."""
+        last = self.segments[-1]
+        if isinstance(last, DenseSegment):
+            last.reserve(like, rows)
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        self.segments[-1].append(k, v, start)
+
+    def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
+        """Attention [B, Hq, Tq, D] over all segments; ``sinks`` [Hq] are learnt logits that take mass (GPT-OSS)."""
+        if len(self.segments) == 1 and sinks is None:
+            return self.segments[0].attend(query, need_lse=False)[0]
+        parts = []
+        for index, segment in enumerate(self.segments):
+            final = index == len(self.segments) - 1
+            asked = query if final else replace(query, own=False)
+            parts.append(segment.attend(asked))
+        out, lse = merge_partials(parts)
+        if sinks is not None:
+            share = torch.sigmoid(lse - sinks.float().view(1, -1, 1))  # what the sinks leave: exp(lse) / (exp(lse)+exp(s))
+            out = (out.float() * share[..., None]).to(out.dtype)
+        return out
+
+    def settle(self) -> None:
+        for segment in self.segments:
+            segment.settle()
+
+    def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoded keys [n, D], values [n, D] and positions int32 [n] of one row."""
+        if len(self.segments) == 1:
+            return self.segments[0].entries(row)
+        parts = [segment.entries(row) for segment in self.segments]
+        return tuple(torch.cat(side) for side in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def positions(self, row: int) -> Tensor:
+        return self.entries(row)[2]
+
+    def keys(self) -> Tensor:
+        """Decoded keys [B, H, n, D]; a view where they are dense. Needs rows of equal length."""
+        return self._side(0)
+
+    def values(self) -> Tensor:
+        """Decoded values [B, H, n, D]; a view where they are dense. Needs rows of equal length."""
+        return self._side(1)
+
+    def _side(self, side: int) -> Tensor:
+        only = self.segments[0]
+        if len(self.segments) == 1 and isinstance(only, DenseSegment):
+            return only.values() if side else only.keys()
+        stacked = torch.stack([self.entries(row)[side] for row in range(self.rows)])
+        return stacked.unflatten(0, (self.batch, self.heads))
+
+    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
+        """Keep only the entries named, and free the others.
+
+        Args:
+            index: int64 [B, H, m] of entry numbers in ascending order, or one such vector per row where rows keep
+                different numbers.
+        """
+        per_row: Iterable[Tensor] = index.flatten(0, 1) if isinstance(index, Tensor) else index
+        rows = list(per_row)
+        if all(len(kept) == held for kept, held in zip(rows, self.lengths, strict=True)):
+            return  # everything stays: the store is left exactly as it is
+        self._dropped = True
+        gathered = []
+        for row, kept in enumerate(rows):
+            k, v, at = self.entries(row)
+            gathered.append((k[kept], v[kept], at[kept]))
+        if len({len(kept) for kept in rows}) == 1:
+            k, v, at = (torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*gathered, strict=True))
+            self.segments = [self._hold(k, v, at)]
+        else:
+            parts = [self._hold(k[None, None], v[None, None], at[None, None]) for k, v, at in gathered]
+            self.segments = [RaggedSegment(parts, self.heads)]
+
+    def recode(self, codec: Codec) -> None:
+        """Hold the entries, and those still to come, by ``codec``."""
+        self.codec = codec
+        self.segments = [self._recoded(segment) for segment in self.segments]
+
+    def _recoded(self, segment: Segment) -> Segment:
+        assert self.codec is not None
+        if isinstance(segment, RaggedSegment):
+            return RaggedSegment([self._recoded(row) for row in segment.rows], segment.heads)
+        if isinstance(segment, DenseSegment):
+            positions = None if segment.at is None else segment.positions()
+            return self.codec.encode(segment.keys(), segment.values(), positions, segment.start)
+        sides = zip(*(segment.entries(row) for row in range(segment.batch * segment.heads)), strict=True)
+        k, v, at = (torch.stack(side).unflatten(0, (segment.batch, segment.heads)) for side in sides)
+        return self.codec.encode(k, v, at, 0)
+
+    def _hold(self, k: Tensor, v: Tensor, at: Tensor) -> Segment:
+        if self.codec is not None:
+            return self.codec.encode(k, v, at, 0)
+        return DenseSegment.of(k, v, at)
+
+    def drop_before(self, position: int, slack: int = 64) -> None:
+        """Free consecutive entries a sliding window has passed, once there are ``slack`` of them."""
+        first = self.segments[0]
+        if isinstance(first, DenseSegment) and first.at is None and position - first.start >= slack:
+            first.drop_before(position)
+
+    def packed(self, row: int) -> int:
+        """How many entries of a row are held as codes."""
+        return sum(segment.packed(row) for segment in self.segments)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes in use by kind."""
+        held: dict[str, int] = {}
+        for segment in self.segments:
+            for kind, size in segment.nbytes().items():
+                held[kind] = held.get(kind, 0) + size
+        return held
+
+    def nbytes_by_row(self) -> list[int]:
+        return [sum(sizes) for sizes in zip(*(s.nbytes_by_row() for s in self.segments), strict=True)]
+
+    def reserved_bytes(self) -> int:
+        return sum(segment.reserved_bytes() for segment in self.segments)
+
+    def clone(self) -> Store:
+        """A store that shares all storage held now and goes its own way from here."""
+        twin = Store(self.batch, self.heads)
+        twin.segments = [segment.clone() for segment in self.segments]
+        twin.codec, twin._dropped = self.codec, self._dropped
+        return twin

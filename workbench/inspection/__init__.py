@@ -1,0 +1,1 @@
+"""Measurements on a run that do not change it."""

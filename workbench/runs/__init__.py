@@ -1,0 +1,1 @@
+"""Running lanes: events, comparison, control."""

@@ -1,0 +1,156 @@
+"""Generating one answer, and feeding the reference's answer to a lane (teacher forcing)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.cache.cache import WorkbenchCache
+from workbench.runs.events import Token
+from workbench.runs.lane import Answer
+from workbench.runs.prompt import forward
+from workbench.runs.reference import QueryRecorder, ReferenceAnswer
+
+if TYPE_CHECKING:
+    from workbench.models.load import Model
+    from workbench.runs.control import Control
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedy at temperature 0, else sampled with a seed shared by all lanes."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(self.seed)
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        if self.temperature == 0:
+            return int(logits.argmax())
+        weights = torch.softmax(logits / self.temperature, -1)
+        return int(torch.multinomial(weights, 1, generator=generator))
+
+
+def end_tokens(model: Model) -> set[int]:
+    """Ids that end an answer, from the generation config or the tokenizer."""
+    config = getattr(model.network, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None and model.tokenizer is not None:
+        ends = model.tokenizer.eos_token_id
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, list | tuple) else {int(ends)}
+
+
+class Decoder:
+    """Decodes one answer of a lane, comparing it with the reference's on the way.
+
+    Args:
+        lane: its number, for the events.
+        answer: filled while decoding.
+    """
+
+    def __init__(
+        self, lane: int, model: Model, cache: WorkbenchCache, sampling: Sampling, control: Control, answer: Answer
+    ) -> None:
+        self.lane, self.model, self.cache = lane, model, cache
+        self.sampling, self.control, self.answer = sampling, control, answer
+        self._reference: ReferenceAnswer | None = None
+        self._fork: WorkbenchCache | None = None  # the lane's cache where it left the reference's tokens
+        self._agreed = 0
+        self._kl: list[float] = []
+
+    def generate(
+        self,
+        logits: Tensor,
+        reference: ReferenceAnswer | None,
+        record: ReferenceAnswer | None,
+        recorder: QueryRecorder | None,
+    ) -> Iterator[Token]:
+        """Generate until the end token, the length, or a cancel; yields every token.
+
+        Args:
+            logits: distribution of the first token [vocabulary].
+            reference: the reference's finished answer, to compare with.
+            record: where the reference lane leaves its own answer, with the queries of ``recorder``.
+        """
+        model, answer, self._reference = self.model, self.answer, reference
+        generator, ends = self.sampling.generator(model.device), end_tokens(model)
+        room = model.geometry.max_positions - self.cache.get_seq_length()
+        began = time.perf_counter()
+        answer.stopped = "length"
+        for index in range(max(0, min(self.sampling.max_new_tokens, room))):
+            if self.control.cancelled:
+                answer.stopped = "cancelled"
+                break
+            token = self.sampling.choose(logits, generator)
+            if record is not None:
+                record.tokens.append(token)
+                record.log_probs.append(logits.log_softmax(-1))
+            self._compare(index, token, logits)
+            answer.tokens.append(token)
+            answer.decode_seconds = time.perf_counter() - began
+            yield Token(self.lane, index, token, model.token_text([token])[0], answer.decode_seconds)
+            if token in ends:
+                answer.stopped = "eos"
+                break
+            if index + 1 < self.sampling.max_new_tokens:
+                logits = forward(model, self.cache, [token])
+                if record is not None and recorder is not None:
+                    record.later_queries.append(recorder.take())
+        answer.decode_seconds = time.perf_counter() - began
+        answer.text = model.decode(answer.tokens)
+        self._first_divergence()
+
+    def _compare(self, index: int, token: int, logits: Tensor) -> None:
+        """Compare the distribution of token ``index`` while the lane still follows the reference."""
+        if self._reference is None or self._fork is not None or index >= len(self._reference.tokens):
+            return
+        self._add_kl(index, logits)
+        if token != self._reference.tokens[index]:
+            self._fork = self.cache.clone()  # from here the lane goes its own way; teacher forcing goes on from the fork
+
+    def _add_kl(self, index: int, logits: Tensor) -> None:
+        assert self._reference is not None
+        p = self._reference.log_probs[index]
+        q = logits.log_softmax(-1)
+        # Where the reference gives no probability (masked vocabulary), 0 * (-inf) counts as 0.
+        kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum()
+        self._kl.append(max(0.0, float(kl)))
+        self._agreed += int(p.argmax() == q.argmax())
+
+    def _first_divergence(self) -> None:
+        if self._reference is None:
+            return
+        ours, theirs = self.answer.tokens, self._reference.tokens
+        unequal = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        first = next(unequal, None)
+        if first is None and len(ours) != len(theirs):
+            first = min(len(ours), len(theirs))
+        self.answer.first_divergence = first
+
+    def teacher_force(self) -> None:
+        """Feed the rest of the reference's tokens to the lane as it was where the two parted; completes the KL.
+
+        Stops early, keeping what was compared, when the run is cancelled.
+        """
+        if self._reference is None:
+            count = len(self.answer.tokens)
+            self.answer.kl, self.answer.top1_agreement = [0.0] * count, 1.0 if count else None
+            return
+        theirs = self._reference.tokens
+        cache = self._fork or self.cache
+        for index in range(len(self._kl), len(theirs)):
+            if self.control.cancelled:
+                break
+            self._add_kl(index, forward(self.model, cache, [theirs[index - 1]]))
+        self.answer.kl = list(self._kl)
+        self.answer.top1_agreement = self._agreed / len(self._kl) if self._kl else None

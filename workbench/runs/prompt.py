@@ -1,0 +1,114 @@
+"""Reading a prompt in chunks, and the state after it from which lanes can start again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.cache.cache import WorkbenchCache
+from workbench.errors import OutOfMemoryError
+from workbench.runs.reference import QueryRecorder
+from workbench.strategies.recipe import Recipe
+
+if TYPE_CHECKING:
+    from workbench.cache.segments import Query
+    from workbench.models.load import Model
+    from workbench.runs.control import Control
+
+SNAPSHOT_WINDOW = 128  # queries kept at the end of a prompt; recipes that vote with more read the prompt again
+
+
+class Cancelled(Exception):
+    """The run was cancelled; raised and caught inside this package."""
+
+
+def forward(model: Model, cache: WorkbenchCache, ids: list[int], position: int | None = None) -> Tensor:
+    """Feed tokens through the model; logits of the last one, float32 [vocabulary].
+
+    Args:
+        position: the position of the first token; by default the next one.
+
+    Raises:
+        OutOfMemoryError: the device is full.
+    """
+    tokens = torch.tensor([ids], device=model.device)
+    start = cache.get_seq_length() if position is None else position
+    positions = torch.arange(start, start + len(ids), device=model.device)[None]
+    try:
+        with torch.inference_mode():
+            out = model.network(
+                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        raise _full(model, cache) from None
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise _full(model, cache) from None
+    return out.logits[0, -1].float()
+
+
+def _full(model: Model, cache: WorkbenchCache) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{model.device} ran out of memory after {cache.get_seq_length():,} tokens; use a shorter prompt, a smaller "
+        "chunk, or a recipe with a smaller cache."
+    )
+
+
+def read(
+    model: Model, cache: WorkbenchCache, ids: list[int], chunk: int, control: Control
+) -> Generator[int, None, Tensor]:
+    """Feed a prompt in chunks of at most ``chunk`` tokens.
+
+    Yields:
+        The number of tokens read so far, after each chunk.
+
+    Returns:
+        Logits [vocabulary] after the last token.
+
+    Raises:
+        Cancelled: ``control`` was cancelled between two chunks.
+    """
+    for start in range(0, len(ids), chunk):
+        if control.cancelled:
+            raise Cancelled
+        logits = forward(model, cache, ids[start : start + chunk])
+        yield min(start + chunk, len(ids))
+    return logits
+
+
+@dataclass
+class Snapshot:
+    """A prompt that was read once under the empty recipe: lanes fork from here instead of reading it again."""
+
+    cache: WorkbenchCache
+    logits: Tensor
+    queries: list[Query]
+    last_chunk: int
+    seconds: float
+
+    def serves(self, recipe: Recipe) -> bool:
+        """Whether a lane with ``recipe`` may start here: it looks only at the last queries of the prompt."""
+        return not recipe.needs_prompt and recipe.query_window <= SNAPSHOT_WINDOW
+
+    def fork(self, recipe: Recipe) -> WorkbenchCache:
+        """The cache of a lane that read the prompt and then applied ``recipe``."""
+        cache = self.cache.clone(recipe)
+        with torch.inference_mode():
+            cache.apply_recipe(self.queries, self.last_chunk)
+        return cache
+
+
+def take_snapshot(model: Model, ids: list[int], chunk: int, control: Control) -> Generator[int, None, Snapshot]:
+    """Read a prompt under the empty recipe and keep its state; yields the tokens read so far."""
+    recorder = QueryRecorder(SNAPSHOT_WINDOW)
+    cache = WorkbenchCache(Recipe(), model.geometry, len(ids), [recorder])
+    began = time.perf_counter()
+    logits = yield from read(model, cache, ids, chunk, control)
+    cache.probes.clear()
+    return Snapshot(cache, logits, recorder.take(), (len(ids) - 1) % chunk + 1, time.perf_counter() - began)

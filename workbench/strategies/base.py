@@ -1,0 +1,160 @@
+"""What every strategy is: parameters declared once, a few lifecycle methods, equality by resolved text."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import param
+
+from workbench.errors import RecipeError
+
+if TYPE_CHECKING:
+    from workbench.cache.cache import WorkbenchCache
+    from workbench.cache.layer import LayerView
+    from workbench.models.geometry import Geometry
+
+
+class Budget(param.Parameter):
+    """A share of the prompt's tokens, (0, 1] written with a point, or a count per KV head, an integer from 1 up."""
+
+    def __init__(self, default: float | int = 0.25, **params: Any) -> None:
+        super().__init__(default=default, **params)
+        self._validate(default)
+
+    def _validate(self, val: Any) -> None:
+        whole = isinstance(val, int) and not isinstance(val, bool)
+        share = isinstance(val, float) and math.isfinite(val)
+        if not ((whole and val >= 1) or (share and 0.0 < val <= 1.0)):
+            raise ValueError(
+                f"budget must be a share above 0 and up to 1.0 (like 0.25) or a whole number of tokens from 1 up "
+                f"(like 64), got {val!r}"
+            )
+
+
+def tokens_kept(budget: float | int, length: int) -> int:
+    """Entries a budget keeps of ``length``: a share is rounded down, at least one; a count is a count."""
+    if isinstance(budget, int):
+        return min(budget, length)
+    return min(length, max(1, math.floor(budget * length + 1e-9)))
+
+
+class Strategy(param.Parameterized):
+    """One method with its parameters. Instances only hold parameters and never change.
+
+    Class attributes:
+        key: the name in recipes; family: eviction, quantization, …; title, paper, summary: for people.
+        query_window: queries at the end of the prompt that the method votes with; 0 if none.
+        needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
+        keeps_acting: True when it acts at every generated token.
+        ragged: True when heads may keep different numbers of entries.
+    """
+
+    key: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    needs_prompt: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False
+
+    def __init__(self, **values: Any) -> None:
+        known = self.parameter_names()
+        for name in values:
+            if name not in known:
+                raise RecipeError(
+                    f"{self.key} has no parameter '{name}'; it has {', '.join(known) or 'none'}."
+                    + suggestion(name, known)
+                )
+        try:
+            super().__init__(**values)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{self.key}: {readable(error, values, self.param)}") from None
+        self._sealed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_sealed", False) and name in self.parameter_names():
+            raise AttributeError(f"{self.key}.{name} is fixed; make a new {self.key}({name}={value!r}) instead")
+        super().__setattr__(name, value)
+
+    @classmethod
+    def parameter_names(cls) -> list[str]:
+        """Declared parameters, the budget first."""
+        names = [name for name in cls.param if name != "name"]
+        return sorted(names, key=lambda name: (cls.param[name].precedence or 0, names.index(name)))
+
+    def values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.parameter_names()}
+
+    @property
+    def resolved(self) -> str:
+        """The strategy with every parameter written out: what it compares and hashes by."""
+        return f"{self.key}({written_out(self.values())})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Strategy) and self.resolved == other.resolved
+
+    def __hash__(self) -> int:
+        return hash(self.resolved)
+
+    @property
+    def query_window(self) -> int:
+        return 0
+
+    @property
+    def keeps_acting(self) -> bool:
+        return False
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise RecipeError, in one sentence, where this strategy cannot run on such a model."""
+
+    def on_chunk(self, view: LayerView) -> None:
+        """After each chunk of the prompt attended in a layer."""
+
+    def after_prefill(self, view: LayerView) -> None:
+        """After the prompt's last chunk attended in a layer, layer by layer."""
+
+    def after_prompt(self, cache: WorkbenchCache) -> None:
+        """Once, after the last layer: for decisions across layers."""
+
+    def after_step(self, view: LayerView) -> None:
+        """After each later chunk (a generated token, a question) attended in a layer."""
+
+
+def written(value: Any) -> str:
+    """A parameter value as it is written in a recipe."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def written_out(values: dict[str, Any]) -> str:
+    """Parameters as they are written in a recipe; those left open (None) are left out."""
+    return ", ".join(f"{name}={written(value)}" for name, value in values.items() if value is not None)
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """' Did you mean …?' for the nearest known names, or nothing."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def readable(error: Exception, values: dict[str, Any], declared: Any) -> str:
+    """param's message in our words: which parameter, what it takes, what came."""
+    for name, value in values.items():
+        parameter = declared[name]
+        try:
+            parameter._validate(value)
+        except (ValueError, TypeError):
+            if isinstance(parameter, Budget):
+                return str(error) + "."
+            if isinstance(parameter, param.Selector):
+                choices = ", ".join(written(choice) for choice in parameter.objects)
+                return f"{name} must be one of {choices}, got {written(value)}."
+            bounds = getattr(parameter, "bounds", None)
+            kind = "a whole number" if isinstance(parameter, param.Integer) else "a number"
+            if bounds:
+                low, high = bounds
+                between = f" between {low} and {high}" if high is not None else f" of at least {low}"
+                return f"{name} must be {kind}{between}, got {written(value)}."
+            return f"{name} cannot be {written(value)}; its default is {written(parameter.default)}."
+    return str(error) + "."

@@ -1,0 +1,1 @@
+"""Eviction: which entries of the cache stay. Method cards: one file each."""

@@ -1,0 +1,121 @@
+"""The recipe grammar: strategies composed left to right, ``snapkv(budget=0.25) | kivi(bits=2)``; ``full`` is empty."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.errors import RecipeError
+from workbench.strategies.base import Strategy
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Parsed strategies in order, and the text they came from. Compares by what it does, not by how it is written."""
+
+    parts: tuple[Strategy, ...] = ()
+    text: str = FULL
+
+    @property
+    def resolved(self) -> str:
+        """Every parameter written out; parsing it gives an equal recipe."""
+        return " | ".join(part.resolved for part in self.parts) or FULL
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.resolved == other.resolved
+
+    def __hash__(self) -> int:
+        return hash(self.resolved)
+
+    @property
+    def query_window(self) -> int:
+        """Queries at the end of the prompt that the strategies vote with."""
+        return max((part.query_window for part in self.parts), default=0)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether a strategy must watch the prompt being read."""
+        return any(part.needs_prompt for part in self.parts)
+
+    @classmethod
+    def parse(cls, text: str | Recipe) -> Recipe:
+        """Read a recipe; RecipeError says in one sentence what is wrong with it."""
+        if isinstance(text, Recipe):
+            return text
+        if not isinstance(text, str) or not text.strip():
+            raise RecipeError("The recipe is empty; write 'full' for the full cache, or for example snapkv(budget=0.25).")
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError):
+            raise RecipeError(
+                f"The recipe '{text}' cannot be read; write it like snapkv(budget=0.25) | kivi(bits=2)."
+            ) from None
+        parts = tuple(part for node in _pieces(tree) if (part := _strategy(node, text)) is not None)
+        _check_order(parts)
+        return cls(parts, text.strip())
+
+
+def _pieces(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_pieces(node.left), *_pieces(node.right)]
+    return [node]
+
+
+def _strategy(node: ast.expr, text: str) -> Strategy | None:
+    from workbench.strategies.registry import strategy_class  # the registry imports strategies that parse scorers
+
+    if isinstance(node, ast.Name):
+        return None if node.id == FULL else strategy_class(node.id)()
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise RecipeError(
+            f"'{ast.unparse(node)}' in the recipe '{text}' is not a strategy; write it like snapkv(budget=0.25)."
+        )
+    name = node.func.id
+    if name == FULL and not node.args and not node.keywords:
+        return None
+    cls = strategy_class(name)
+    if node.args:
+        raise RecipeError(f"{name}: name its parameters, like {name}({_example(cls)}).")
+    values: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise RecipeError(f"{name}: '**' is not allowed in a recipe.")
+        if keyword.arg in values:
+            raise RecipeError(f"{name}: the parameter '{keyword.arg}' is given twice.")
+        try:
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise RecipeError(
+                f"{name}: '{ast.unparse(keyword.value)}' is not a value for {keyword.arg}; write a number or a quoted text."
+            ) from None
+    return cls(**values)
+
+
+def _example(cls: type[Strategy]) -> str:
+    names = cls.parameter_names()
+    return f"{names[0]}={cls.param[names[0]].default!r}" if names else ""
+
+
+def _check_order(parts: tuple[Strategy, ...]) -> None:
+    """Refuse combinations that make no sense, and say which do."""
+    for number, part in enumerate(parts):
+        before = parts[:number]
+        ragged = next((p for p in before if p.ragged), None)
+        if part.family == "eviction" and ragged is not None:
+            raise RecipeError(
+                f"{part.key} cannot follow {ragged.key}, which leaves every head with its own number of tokens; put "
+                f"{part.key} first or use one of the two."
+            )
+        coded = next((p for p in before if p.family == "quantization"), None)
+        if part.family == "quantization" and coded is not None:
+            raise RecipeError(f"{part.key} cannot follow {coded.key}: entries are held by one codec; use one of the two.")
+    acting = next((p for p in parts if p.family == "eviction" and p.keeps_acting), None)
+    coded = next((p for p in parts if p.family == "quantization"), None)
+    if acting is not None and coded is not None:
+        raise RecipeError(
+            f"{acting.key} evicts at every step, which would quantize {coded.key}'s key groups anew each time; write "
+            f"{acting.key}(recompress_every=0) so that it acts once, or use snapkv(...) | {coded.key}(...)."
+        )
