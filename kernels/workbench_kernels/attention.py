@@ -108,11 +108,13 @@ def attention_sums(
     window: int | None = None,
     mask: MaskFn | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Column sums of the softmax over all queries, in O(N) memory per head and blocks of queries.
 
     Args:
         q: [B, Hq, Tq, D]; k: [B, H, N, D]; the rest as in :func:`attend`.
+        sinks: [Hq] learnt logits that take a share of every query's mass (GPT-OSS).
 
     Returns:
         [B, Hq, N] float32: the attention each entry receives, summed over the queries.
@@ -122,12 +124,17 @@ def attention_sums(
     sums = torch.zeros(batch, heads, entries, device=q.device)
     for q0, q1 in _query_blocks(batch * heads, queries, entries):
         logits = _block_logits(q, k, scale, (q0, q1), (0, entries), causal, window, mask, softcap)
-        sums += logits.softmax(-1).nan_to_num(0.0).sum(2)  # a row that sees nothing pays nothing
+        weights = logits.softmax(-1).nan_to_num(0.0)  # a row that sees nothing pays nothing
+        if sinks is not None:
+            weights *= torch.sigmoid(logits.logsumexp(-1) - sinks.float().view(1, -1, 1))[..., None]
+        sums += weights.sum(2)
     return sums
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
+        # The CPU kernel reads rows as if the last axis were dense, and says nothing where it is not.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
     if not need_lse:
