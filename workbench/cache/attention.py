@@ -36,9 +36,7 @@ def workbench_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: WorkbenchLayer | None = getattr(key, "_workbench_layer", None)
     if layer is not None:
-        out = layer.attend(
-            query, scale, window=sliding_window, softcap=softcap, sinks=s_aux, padding=attention_mask
-        )
+        out = layer.attend(query, scale, window=sliding_window, softcap=softcap, sinks=s_aux, padding=attention_mask)
     else:
         out = _without_cache(query, key, value, scale, sliding_window, softcap, s_aux, attention_mask)
     return out.transpose(1, 2).contiguous(), None
@@ -58,7 +56,7 @@ def _without_cache(
     segment = store.segments[0]
     assert isinstance(segment, DenseSegment)
     segment.k, segment.v = segment.k.of(k), segment.v.of(v)
-    return store.attend(Query(q, k.shape[2] - q.shape[2], True, scale, window, softcap, padding), sinks)
+    return store.attend(Query(q, k.shape[2] - q.shape[2], True, scale, window, softcap, padding, sinks))
 
 
 def padding_only(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

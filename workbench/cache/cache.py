@@ -62,6 +62,8 @@ class WorkbenchCache(Cache):
         self.replaying = False
         self.peak_bytes = 0
         self._layer_bytes = [0] * geometry.num_layers
+        self._chunk_bytes = [0] * geometry.num_layers  # with the prompt's last chunk, before anything was dropped
+        self._before_chunk = (0, [0] * geometry.num_layers)  # the peak and the layers' bytes before that chunk
         super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
         for part in recipe.parts:
             part.check(geometry)
@@ -75,6 +77,13 @@ class WorkbenchCache(Cache):
         self._layer_bytes[layer.index] = sum(layer.nbytes().values())
         self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes))
 
+    def note_chunk(self, layer: WorkbenchLayer) -> None:
+        """A chunk of the prompt arrived in ``layer`` and nothing was dropped yet: what prefill really holds."""
+        if layer.index == 0:
+            self._before_chunk = (self.peak_bytes, list(self._layer_bytes))
+        self.note_bytes(layer)
+        self._chunk_bytes[layer.index] = self._layer_bytes[layer.index]
+
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Inside, queries attend to what is held and nothing is appended: the last token asked once more."""
@@ -84,20 +93,19 @@ class WorkbenchCache(Cache):
         finally:
             self.replaying = False
 
-    def apply_recipe(self, queries: Sequence[Query], last_chunk: int) -> None:
+    def apply_recipe(self, queries: Sequence[Query]) -> None:
         """Act as after the prompt, on a cache whose prompt was read under the empty recipe.
+
+        The peak becomes that of a run that had read the prompt under this recipe: layer by layer the last chunk came,
+        and the recipe acted.
 
         Args:
             queries: per layer, the last queries of the prompt.
-            last_chunk: tokens of the prompt's last chunk: what a layer held before it counts towards the peak of a
-                run that had read the prompt under this recipe.
         """
-        before = (self.prompt_length or 0) - last_chunk
-        self.peak_bytes = 0
-        full = [sum(layer.nbytes().values()) for layer in self.layers]
-        self._layer_bytes = [size * before // max(1, layer.seen) for size, layer in zip(full, self.layers, strict=True)]
+        self.peak_bytes, self._layer_bytes = self._before_chunk[0], list(self._before_chunk[1])
         for layer, query in zip(self.layers, queries, strict=True):
-            self.note_bytes(layer)
+            self._layer_bytes[layer.index] = self._chunk_bytes[layer.index]
+            self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes))
             for number, part in enumerate(self.recipe.parts):
                 part.after_prefill(layer.view(number, query))
             self.note_bytes(layer)
@@ -112,6 +120,7 @@ class WorkbenchCache(Cache):
             for layer in twin.layers:
                 layer.states = [{} for _ in recipe.parts]
         twin.peak_bytes, twin._layer_bytes = self.peak_bytes, list(self._layer_bytes)
+        twin._chunk_bytes, twin._before_chunk = list(self._chunk_bytes), self._before_chunk
         return twin
 
     def memory(self) -> Memory:

@@ -56,16 +56,25 @@ class Growable:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop): a view where they lie in one block, else a copy."""
-        parts, offset = [], 0
-        for block in self.blocks():
+        blocks, offset = self.blocks(), 0
+        parts: list[Tensor] = []
+        for block in blocks:
             size = block.shape[self.axis]
             lo, hi = max(start - offset, 0), min(stop - offset, size)
-            if lo < hi or (size == 0 and not parts):
-                parts.append(block.narrow(self.axis, lo, max(0, hi - lo)))
+            if lo < hi:
+                parts.append(block.narrow(self.axis, lo, hi - lo))
             offset += size
-        if not parts and self._open is not None:
-            return self._open.narrow(self.axis, 0, 0)
-        return parts[0] if len(parts) == 1 else torch.cat([p for p in parts if p.shape[self.axis]], self.axis)
+        if not parts:
+            return blocks[0].narrow(self.axis, 0, 0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+    def after(self, start: int) -> Growable:
+        """A copy of the rows from ``start`` on, so that those before can be freed."""
+        rest = Growable(self.axis, self.spare)
+        kept = self.read(start, self.length)
+        rest.reserve(kept, kept.shape[self.axis] + self.spare)
+        rest.append(kept)
+        return rest
 
     def clone(self) -> Growable:
         """Share every row held now; later appends of either side do not reach the other."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from workbench.cache.growable import MIN_SPARE
 from workbench.cache.segments import Query, entry_mask
-from workbench.cache.store import Codec, Store
+from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import WorkbenchError
 from workbench_kernels import attention_sums
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.cache.cache import WorkbenchCache
+
+
+SWEEP = 64  # tokens between two clearings of what a sliding window has passed
 
 
 class LayerView:
@@ -59,8 +63,7 @@ class LayerView:
 
     def positions(self) -> Tensor:
         """int32 [B, H, n]: the position of every entry in the token sequence."""
-        store = self._owner.store
-        return torch.stack([store.positions(row) for row in range(store.rows)]).unflatten(0, (store.batch, -1))
+        return self._owner.store.all_positions()
 
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
@@ -80,13 +83,20 @@ class LayerView:
         hidden = at > asked[:, None]
         if self._query.window is not None:
             hidden = hidden | (at <= asked[:, None] - self._query.window)
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+        weights = logits.softmax(-1)
+        if self._query.sinks is not None:
+            share = sink_share(logits.logsumexp(-1).flatten(1, 2), self._query.sinks)  # [B, Hq, W]
+            weights = weights * share.view(*weights.shape[:-1], 1)
+        return weights
 
     def chunk_attention_sums(self) -> Tensor:
         """Attention each entry received from the chunk's queries, summed over them: float32 [B, Hq, n]."""
         q = self._query
         mask = None if q.window is None else entry_mask(q, self.positions())
-        return attention_sums(self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap)
+        return attention_sums(
+            self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
+        )
 
     def keep(self, index: Tensor | Sequence[Tensor]) -> None:
         """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
@@ -138,7 +148,7 @@ class WorkbenchLayer(CacheLayerMixin):
         if not self.cache.replaying:
             self.cache.note_prompt(key_states.shape[2])
             if self.seen == 0:
-                self.store.reserve(key_states, max(key_states.shape[2], self.cache.prompt_length or 0) + 64)
+                self.store.reserve(key_states, self._room(key_states.shape[2]))
             self.store.append(key_states, value_states, self.seen)
             self.seen += key_states.shape[2]
         self._waiting = True
@@ -161,6 +171,13 @@ class WorkbenchLayer(CacheLayerMixin):
     def reset(self) -> None:
         raise WorkbenchError("A workbench cache belongs to one run; make a new one with wb.cache(recipe, model).")
 
+    def _room(self, chunk: int) -> int:
+        """Entries to make room for at the first chunk: the prompt, or what a sliding window lets live of it."""
+        prompt = max(chunk, self.cache.prompt_length or 0)
+        if self.sliding_window is not None:
+            prompt = min(prompt, chunk + self.sliding_window + SWEEP)
+        return prompt + MIN_SPARE
+
     # --- our side -----------------------------------------------------------------------------------------------
     def attend(
         self,
@@ -180,8 +197,8 @@ class WorkbenchLayer(CacheLayerMixin):
                 f"The recipe '{cache.recipe.text}' cannot run on a padded batch; run prompts of different lengths one "
                 "by one, or use 'full'."
             )
-        query = Query(q, self.seen - q.shape[2], not cache.replaying, scale, window, softcap, padding)
-        out = self.store.attend(query, sinks)
+        query = Query(q, self.seen - q.shape[2], not cache.replaying, scale, window, softcap, padding, sinks)
+        out = self.store.attend(query)
         for probe in cache.probes:
             probe.on_attention(self, query, out)
         if not cache.replaying:
@@ -192,15 +209,18 @@ class WorkbenchLayer(CacheLayerMixin):
         return LayerView(self, query, self.states[part])
 
     def _act(self, query: Query) -> None:
-        cache = self.cache
-        in_prompt = self.seen <= (cache.prompt_length or 0)
-        ends_prompt = self.seen == cache.prompt_length
+        cache, parts = self.cache, self.cache.recipe.parts
+        prompt = cache.prompt_length or 0
+        in_prompt = query.start < prompt
+        ends_prompt = in_prompt and self.seen >= prompt
         if in_prompt:
             self._remember_queries(query.q)
-            cache.note_bytes(self)  # before anything is dropped: this is what the prefill really holds
-        for number, part in enumerate(cache.recipe.parts):
-            if in_prompt:
+            cache.note_chunk(self)
+            for number, part in enumerate(parts):
                 part.on_chunk(self.view(number, query))
+        if query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP):
+            self.store.drop_before(self.seen - query.window)
+        for number, part in enumerate(parts):
             if ends_prompt:
                 part.after_prefill(self.view(number, query))
             elif not in_prompt:
@@ -209,8 +229,6 @@ class WorkbenchLayer(CacheLayerMixin):
             self.recent_queries = None
         if not in_prompt:
             self.store.settle()
-        if query.window is not None:
-            self.store.drop_before(self.seen - query.window)
         cache.note_bytes(self)
         if ends_prompt and self.index == len(cache.layers) - 1:
             for part in cache.recipe.parts:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from workbench.cache.affine import dequantize, quantize
 from workbench.cache.growable import Growable, Residual
-from workbench.cache.segments import Partial, Query, Segment, entry_mask
+from workbench.cache.segments import Partial, Query, UniformSegment, entry_mask
 from workbench_kernels import attend, merge_partials
 
+KEY_TENSORS = ("key_codes", "key_scale", "key_low")
+VALUE_TENSORS = ("value_codes", "value_scale", "value_low")
 BLOCK = 1024  # entries decoded at a time while attending; no dense copy of more than this exists
 
 
-class PackedSegment(Segment):
+class PackedSegment(UniformSegment):
     """Entries of equal number per row, held as codes plus a full-precision residual.
 
     Args:
@@ -29,7 +31,7 @@ class PackedSegment(Segment):
     def __init__(
         self, batch: int, heads: int, key_bits: int, value_bits: int, group_size: int, residual_length: int
     ) -> None:
-        self.batch, self.heads = batch, heads
+        super().__init__(batch, heads)
         self.key_bits, self.value_bits = key_bits, value_bits
         self.group_size, self.residual_length = group_size, residual_length
         # keys: codes [B, H, groups, D, g * bits / 32], scale and minimum [B, H, groups, D]
@@ -38,8 +40,6 @@ class PackedSegment(Segment):
         # values: codes [B, H, n, D / g, g * bits / 32], scale and minimum [B, H, n, D / g]
         self.value_codes, self.value_scale, self.value_low = Growable(), Growable(), Growable()
         self.key_residual, self.value_residual = Residual(residual_length), Residual(residual_length + 1)
-        self.start = 0
-        self.at: Growable | None = None  # explicit positions [B, H, n] once entries were dropped
 
     @property
     def packed_keys(self) -> int:
@@ -54,8 +54,8 @@ class PackedSegment(Segment):
         return self.packed_keys + self.key_residual.length
 
     @property
-    def lengths(self) -> list[int]:
-        return [self.length] * (self.batch * self.heads)
+    def device(self) -> torch.device:
+        return self.key_residual.view().device
 
     def load(self, k: Tensor, v: Tensor, positions: Tensor | None, start: int = 0) -> None:
         """Take over k, v [B, H, n, D] and pack all that lies before the residual (the state after a prompt).
@@ -74,13 +74,9 @@ class PackedSegment(Segment):
         self.value_residual.append(v[:, :, cut:])
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        if self.length == 0 and self.at is None:
-            self.start = start
+        self._note_positions(start, k.shape[2])
         self.key_residual.append(k)
         self.value_residual.append(v)
-        if self.at is not None:
-            steps = torch.arange(start, start + k.shape[2], dtype=torch.int32, device=k.device)
-            self.at.append(steps.expand(self.batch, self.heads, -1))
 
     def settle(self) -> None:
         """Pack what has left the residual: keys R at a time, values one token at a time."""
@@ -108,56 +104,58 @@ class PackedSegment(Segment):
         self.value_scale.append(scale)
         self.value_low.append(low)
 
-    def keys(self, start: int, stop: int) -> Tensor:
-        """Decoded keys [B, H, stop - start, D] of one block of entries."""
+    def keys(self, start: int, stop: int, row: int | None = None) -> Tensor:
+        """Decoded keys [B, H, stop - start, D] of one block of entries; [1, 1, stop - start, D] of one row."""
         cut, g = self.packed_keys, self.group_size
-        parts = []
+        of, parts = self._rows(row), []
         if start < cut:
             g0, g1 = start // g, -(-min(stop, cut) // g)
             dense = dequantize(
-                self.key_codes.read(g0, g1),
-                self.key_scale.read(g0, g1),
-                self.key_low.read(g0, g1),
+                self.key_codes.read(g0, g1)[of],
+                self.key_scale.read(g0, g1)[of],
+                self.key_low.read(g0, g1)[of],
                 self.key_bits,
                 self.key_residual.view().dtype,
             )
             dense = dense.transpose(-1, -2).flatten(2, 3)  # [B, H, groups * g, D]
             parts.append(dense[:, :, start - g0 * g : min(stop, cut) - g0 * g])
-        if stop > cut:
-            parts.append(self.key_residual.view()[:, :, max(start - cut, 0) : stop - cut])
+        if stop > cut or not parts:
+            parts.append(self.key_residual.view()[of][:, :, max(start - cut, 0) : max(stop - cut, 0)])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def values(self, start: int, stop: int) -> Tensor:
-        """Decoded values [B, H, stop - start, D] of one block of entries."""
+    def values(self, start: int, stop: int, row: int | None = None) -> Tensor:
+        """Decoded values [B, H, stop - start, D] of one block of entries; [1, 1, stop - start, D] of one row."""
         cut = self.packed_values
-        parts = []
+        of, parts = self._rows(row), []
         if start < cut:
             n1 = min(stop, cut)
             dense = dequantize(
-                self.value_codes.read(start, n1),
-                self.value_scale.read(start, n1),
-                self.value_low.read(start, n1),
+                self.value_codes.read(start, n1)[of],
+                self.value_scale.read(start, n1)[of],
+                self.value_low.read(start, n1)[of],
                 self.value_bits,
                 self.value_residual.view().dtype,
             )
             parts.append(dense.flatten(-2))
-        if stop > cut:
-            parts.append(self.value_residual.view()[:, :, max(start - cut, 0) : stop - cut])
+        if stop > cut or not parts:
+            parts.append(self.value_residual.view()[of][:, :, max(start - cut, 0) : max(stop - cut, 0)])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def positions(self) -> Tensor:
-        """int32 [B, H, n], or [1, 1, n] while they are implied."""
-        if self.at is not None:
-            return self.at.read(0, self.length)
-        device = self.key_residual.view().device
-        return torch.arange(self.start, self.start + self.length, dtype=torch.int32, device=device)[None, None]
+    def _rows(self, row: int | None) -> tuple[slice, slice]:
+        """What to take of the first two axes: everything, or one row."""
+        if row is None:
+            return slice(None), slice(None)
+        b, h = divmod(row, self.heads)
+        return slice(b, b + 1), slice(h, h + 1)
 
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
         # Blocks end where either side stops being packed, so that no block mixes codes and residual rows. The
         # queries' own entries were appended last and are all in the final block.
         last = max(self.packed_keys, self.packed_values)
+        if last == 0 and self._banded(query):
+            return self._attend_run(self.keys(0, self.length), self.values(0, self.length), query, need_lse)
         cuts = {*range(0, last, BLOCK), min(self.packed_keys, self.packed_values), last, self.length, 0}
-        edges = sorted(cuts)
+        edges = sorted(cuts) if self.length else [0, 0]  # nothing held: one empty block
         masked = query.window is not None or query.padding is not None
         positions = self.positions() if masked else None
         parts: list[Partial] = []
@@ -169,13 +167,19 @@ class PackedSegment(Segment):
         return merge_partials(parts)
 
     def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        b, h = divmod(row, self.heads)
-        at = self.positions()
-        return (
-            self.keys(0, self.length)[b, h],
-            self.values(0, self.length)[b, h],
-            at[b, h] if self.at is not None else at[0, 0],
-        )
+        k, v = self.keys(0, self.length, row), self.values(0, self.length, row)
+        return k[0, 0], v[0, 0], self.positions_of(row)
+
+    def drop_before(self, position: int) -> None:
+        # Only whole groups of which both sides are packed can leave.
+        cut = min(self._passed(position), self.packed_keys, self.packed_values) // self.group_size * self.group_size
+        if cut == 0:
+            return
+        self._forget(cut)
+        for name in KEY_TENSORS:
+            setattr(self, name, getattr(self, name).after(cut // self.group_size))
+        for name in VALUE_TENSORS:
+            setattr(self, name, getattr(self, name).after(cut))
 
     def _codes(self) -> list[Growable]:
         return [self.key_codes, self.value_codes]
@@ -193,10 +197,6 @@ class PackedSegment(Segment):
             held["positions"] = self.at.nbytes()
         return held
 
-    def nbytes_by_row(self) -> list[int]:
-        rows = self.batch * self.heads
-        return [sum(self.nbytes().values()) // rows] * rows
-
     def reserved_bytes(self) -> int:
         growing = [*self._codes(), *self._scales(), *([self.at] if self.at is not None else [])]
         residuals = self.key_residual.reserved_bytes() + self.value_residual.reserved_bytes()
@@ -206,7 +206,7 @@ class PackedSegment(Segment):
         twin = PackedSegment(
             self.batch, self.heads, self.key_bits, self.value_bits, self.group_size, self.residual_length
         )
-        for name in ("key_codes", "key_scale", "key_low", "value_codes", "value_scale", "value_low"):
+        for name in KEY_TENSORS + VALUE_TENSORS:
             setattr(twin, name, getattr(self, name).clone())
         twin.key_residual, twin.value_residual = self.key_residual.clone(), self.value_residual.clone()
         twin.start, twin.at = self.start, None if self.at is None else self.at.clone()

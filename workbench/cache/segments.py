@@ -6,7 +6,6 @@ Axes: B batch, H KV heads, n entries, D head_dim. A *row* is one (batch, KV head
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +31,7 @@ class Query:
         window: entries a sliding-window layer sees, counting the query's own; None for full attention.
         softcap: Gemma 2's soft-capping of the logits, or None.
         padding: bool [B, seen], False where a left-padded batch has no token; None without padding.
+        sinks: [Hq] learnt logits that take a share of the mass and give nothing (GPT-OSS), or None.
     """
 
     q: Tensor
@@ -41,20 +41,27 @@ class Query:
     window: int | None = None
     softcap: float | None = None
     padding: Tensor | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def stop(self) -> int:
+        """The position after the last query."""
+        return self.start + self.q.shape[2]
 
     def narrow(self, row_batch: int, first_head: int, last_head: int) -> Query:
         """The same question for the query heads of one row: q becomes [1, G, Tq, D]."""
         padding = None if self.padding is None else self.padding[row_batch : row_batch + 1]
         q = self.q[row_batch : row_batch + 1, first_head:last_head]
-        return replace(self, q=q, padding=padding)
+        sinks = None if self.sinks is None else self.sinks[first_head:last_head]
+        return replace(self, q=q, padding=padding, sinks=sinks)
 
     def last(self, window: int, earlier: Query | None = None) -> Query:
         """The last ``window`` queries on their own (a copy), continuing ``earlier`` ones where a chunk is short."""
         q = self.q
-        if earlier is not None and q.shape[2] < window and earlier.start + earlier.q.shape[2] == self.start:
+        if earlier is not None and q.shape[2] < window and earlier.stop == self.start:
             q = torch.cat([earlier.q, q], 2)
         q = q[:, :, -window:].clone()
-        return replace(self, q=q, start=self.start + self.q.shape[2] - q.shape[2])
+        return replace(self, q=q, start=self.stop - q.shape[2])
 
 
 def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
@@ -102,6 +109,14 @@ class Segment(ABC):
         """Decoded keys [n, D], values [n, D] and positions int32 [n] of one row."""
 
     @abstractmethod
+    def positions_of(self, row: int) -> Tensor:
+        """Positions of one row's entries, int32 [n]; decodes nothing."""
+
+    @abstractmethod
+    def drop_before(self, position: int) -> None:
+        """Free oldest entries before ``position``, which a sliding window has passed; some may stay."""
+
+    @abstractmethod
     def nbytes(self) -> dict[str, int]:
         """Bytes in use by kind (keys, values, codes, scales, positions, window); every tensor held is in one kind."""
 
@@ -125,8 +140,8 @@ class Segment(ABC):
         return 0
 
 
-class DenseSegment(Segment):
-    """Every row holds the same number of entries, in the model's dtype.
+class UniformSegment(Segment):
+    """Every row holds the same number of entries.
 
     Positions are implied (``start``, ``start + 1``, …) until entries are dropped; from then on they are stored, int32
     per row and entry, and counted.
@@ -134,8 +149,74 @@ class DenseSegment(Segment):
 
     def __init__(self, batch: int, heads: int, start: int = 0) -> None:
         self.batch, self.heads, self.start = batch, heads, start
-        self.k, self.v = Growable(), Growable()
         self.at: Growable | None = None  # explicit positions [B, H, n]
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Entries of every row."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.length] * (self.batch * self.heads)
+
+    def positions(self) -> Tensor:
+        """int32 [B, H, n], or [1, 1, n] while they are implied."""
+        if self.at is not None:
+            return self.at.read(0, self.length)
+        return torch.arange(self.start, self.start + self.length, dtype=torch.int32, device=self.device)[None, None]
+
+    def positions_of(self, row: int) -> Tensor:
+        b, h = divmod(row, self.heads)
+        return self.positions()[(b, h) if self.at is not None else (0, 0)]
+
+    def nbytes_by_row(self) -> list[int]:
+        rows = self.batch * self.heads
+        return [sum(self.nbytes().values()) // rows] * rows
+
+    def _banded(self, query: Query) -> bool:
+        """Whether no mask is needed: over consecutive entries a window is a band that ends with the query's own."""
+        ends_here = query.own or query.stop == self.start + self.length  # the second: replayed
+        return query.padding is None and (query.window is None or (self.at is None and ends_here))
+
+    def _attend_run(self, k: Tensor, v: Tensor, query: Query, need_lse: bool) -> Partial:
+        """Attention over all entries k, v of a segment for which the query is banded."""
+        own, window = query.own or query.window is not None, query.window
+        return attend(  # type: ignore[return-value]
+            query.q, k, v, query.scale, causal=own, window=window, softcap=query.softcap, need_lse=need_lse
+        )
+
+    def _note_positions(self, start: int, count: int) -> None:
+        """Positions start, start + 1, … join; called before the entries are appended."""
+        if self.length == 0 and self.at is None:
+            self.start = start
+        if self.at is not None:
+            steps = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
+            self.at.append(steps.expand(self.batch, self.heads, -1))
+
+    def _passed(self, position: int) -> int:
+        """Oldest entries that lie before ``position`` in every row."""
+        if self.at is None:
+            return min(max(0, position - self.start), self.length)
+        return int((self.positions() < position).sum(-1).min())
+
+    def _forget(self, count: int) -> None:
+        """The positions of the ``count`` oldest entries leave."""
+        self.start += count
+        if self.at is not None:
+            self.at = self.at.after(count)
+
+
+class DenseSegment(UniformSegment):
+    """Entries in the model's dtype."""
+
+    def __init__(self, batch: int, heads: int, start: int = 0) -> None:
+        super().__init__(batch, heads, start)
+        self.k, self.v = Growable(), Growable()
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, positions: Tensor) -> DenseSegment:
@@ -149,71 +230,34 @@ class DenseSegment(Segment):
         return self.k.length
 
     @property
-    def lengths(self) -> list[int]:
-        return [self.length] * (self.batch * self.heads)
+    def device(self) -> torch.device:
+        return self.k.blocks()[0].device
 
     def reserve(self, like: Tensor, rows: int) -> None:
         self.k.reserve(like, rows)
         self.v.reserve(like, rows)
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        if self.length == 0 and self.at is None:
-            self.start = start
+        self._note_positions(start, k.shape[2])
         self.k.append(k)
         self.v.append(v)
-        if self.at is not None:
-            steps = torch.arange(start, start + k.shape[2], dtype=torch.int32, device=k.device)
-            self.at.append(steps.expand(self.batch, self.heads, -1))
-
-    def positions(self) -> Tensor:
-        """int32 [B, H, n], or [1, 1, n] while they are implied."""
-        if self.at is None:
-            device = self.k.blocks()[0].device
-            return torch.arange(self.start, self.start + self.length, dtype=torch.int32, device=device)[None, None]
-        return self.at.read(0, self.length)
 
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
         blocks = list(zip(self.k.blocks(), self.v.blocks(), strict=True))
-        if self.at is None and query.padding is None and len(blocks) == 1:
-            # Consecutive entries: a window is a band, no mask is needed. A replayed query's own entry is the last one.
-            own = query.own or query.window is not None
-            return self._one(*blocks[0], query, own, query.window, None, need_lse)
+        if len(blocks) == 1 and self._banded(query):
+            return self._attend_run(*blocks[0], query, need_lse)
         positions = self.positions()
         parts, offset = [], 0
         for k, v in blocks:
-            here = positions[:, :, offset : offset + k.shape[2]]
+            mask = entry_mask(query, positions[:, :, offset : offset + k.shape[2]])
             offset += k.shape[2]
             own = query.own and offset == self.length  # appended in one go, so all in the last block
-            parts.append(self._one(k, v, query, own, None, entry_mask(query, here), True))
-        return merge_partials(parts)
-
-    def _one(
-        self,
-        k: Tensor,
-        v: Tensor,
-        query: Query,
-        own: bool,
-        window: int | None,
-        mask: MaskFn | None,
-        need_lse: bool,
-    ) -> Partial:
-        out, lse = attend(
-            query.q,
-            k,
-            v,
-            query.scale,
-            causal=own,
-            window=window,
-            mask=mask,
-            softcap=query.softcap,
-            need_lse=need_lse,
-        )
-        return out, lse  # type: ignore[return-value]
+            parts.append(attend(query.q, k, v, query.scale, causal=own, mask=mask, softcap=query.softcap))
+        return merge_partials(parts)  # type: ignore[arg-type]
 
     def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         b, h = divmod(row, self.heads)
-        at = self.positions()
-        return self.keys()[b, h], self.values()[b, h], at[b, h] if self.at is not None else at[0, 0]
+        return self.keys()[b, h], self.values()[b, h], self.positions_of(row)
 
     def keys(self) -> Tensor:
         """[B, H, n, D]; a view while there is one block."""
@@ -223,25 +267,16 @@ class DenseSegment(Segment):
         return self.v.read(0, self.length)
 
     def drop_before(self, position: int) -> None:
-        """Free the oldest entries of consecutive positions (a sliding window has passed them)."""
-        cut = min(max(0, position - self.start), self.length)
-        if self.at is not None or cut == 0:
-            return
-        k, v = self.k.read(cut, self.length), self.v.read(cut, self.length)
-        self.k, self.v = Growable(), Growable()
-        self.start += cut
-        self.k.append(k)
-        self.v.append(v)
+        cut = self._passed(position)
+        if cut:
+            self._forget(cut)
+            self.k, self.v = self.k.after(cut), self.v.after(cut)
 
     def nbytes(self) -> dict[str, int]:
         held = {"keys": self.k.nbytes(), "values": self.v.nbytes()}
         if self.at is not None:
             held["positions"] = self.at.nbytes()
         return held
-
-    def nbytes_by_row(self) -> list[int]:
-        rows = self.batch * self.heads
-        return [sum(self.nbytes().values()) // rows] * rows
 
     def reserved_bytes(self) -> int:
         return sum(g.reserved_bytes() for g in (self.k, self.v, self.at) if g is not None)
@@ -251,57 +286,3 @@ class DenseSegment(Segment):
         twin.k, twin.v = self.k.clone(), self.v.clone()
         twin.at = None if self.at is None else self.at.clone()
         return twin
-
-
-class RaggedSegment(Segment):
-    """Every row keeps its own number of entries: one single-row segment per (batch, KV head)."""
-
-    def __init__(self, rows: Sequence[Segment], heads: int) -> None:
-        self.rows = list(rows)
-        self.heads, self.batch = heads, len(self.rows) // heads
-
-    @property
-    def lengths(self) -> list[int]:
-        return [row.lengths[0] for row in self.rows]
-
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        for index, row in enumerate(self.rows):
-            b, h = divmod(index, self.heads)
-            row.append(k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1], start)
-
-    def attend(self, query: Query, need_lse: bool = True) -> Partial:
-        batch, query_heads, queries, _ = query.q.shape
-        group = query_heads // self.heads
-        out = torch.empty_like(query.q)
-        lse = torch.empty(batch, query_heads, queries, dtype=torch.float32, device=query.q.device)
-        for index, row in enumerate(self.rows):
-            b, h = divmod(index, self.heads)
-            heads = slice(h * group, (h + 1) * group)
-            out[b, heads], lse[b, heads] = (x[0] for x in row.attend(query.narrow(b, heads.start, heads.stop)))
-        return out, lse
-
-    def entries(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rows[row].entries(0)
-
-    def nbytes(self) -> dict[str, int]:
-        held: dict[str, int] = {}
-        for row in self.rows:
-            for kind, size in row.nbytes().items():
-                held[kind] = held.get(kind, 0) + size
-        return held
-
-    def nbytes_by_row(self) -> list[int]:
-        return [row.nbytes_by_row()[0] for row in self.rows]
-
-    def reserved_bytes(self) -> int:
-        return sum(row.reserved_bytes() for row in self.rows)
-
-    def clone(self) -> RaggedSegment:
-        return RaggedSegment([row.clone() for row in self.rows], self.heads)
-
-    def settle(self) -> None:
-        for row in self.rows:
-            row.settle()
-
-    def packed(self, row: int) -> int:
-        return self.rows[row].packed(0)

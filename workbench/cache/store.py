@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from workbench.cache.segments import DenseSegment, Query, RaggedSegment, Segment
+from workbench.cache.ragged import RaggedSegment
+from workbench.cache.segments import DenseSegment, Query, Segment, UniformSegment
 from workbench_kernels import merge_partials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What attention sinks [Hq] leave of the mass of logits with ``lse`` [B, Hq, Tq]: exp(lse) / (exp(lse) + exp(s))."""
+    return torch.sigmoid(lse - sinks.float().view(1, -1, 1))
 
 
 class Codec(Protocol):
@@ -61,9 +67,9 @@ class Store:
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         self.segments[-1].append(k, v, start)
 
-    def attend(self, query: Query, sinks: Tensor | None = None) -> Tensor:
-        """Attention [B, Hq, Tq, D] over all segments; ``sinks`` [Hq] are learnt logits that take mass (GPT-OSS)."""
-        if len(self.segments) == 1 and sinks is None:
+    def attend(self, query: Query) -> Tensor:
+        """Attention [B, Hq, Tq, D] over all segments."""
+        if len(self.segments) == 1 and query.sinks is None:
             return self.segments[0].attend(query, need_lse=False)[0]
         parts = []
         for index, segment in enumerate(self.segments):
@@ -71,9 +77,8 @@ class Store:
             asked = query if final else replace(query, own=False)
             parts.append(segment.attend(asked))
         out, lse = merge_partials(parts)
-        if sinks is not None:
-            share = torch.sigmoid(lse - sinks.float().view(1, -1, 1))  # what the sinks leave: exp(lse) / (exp(lse)+exp(s))
-            out = (out.float() * share[..., None]).to(out.dtype)
+        if query.sinks is not None:
+            out = (out.float() * sink_share(lse, query.sinks)[..., None]).to(out.dtype)
         return out
 
     def settle(self) -> None:
@@ -88,7 +93,16 @@ class Store:
         return tuple(torch.cat(side) for side in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def positions(self, row: int) -> Tensor:
-        return self.entries(row)[2]
+        """Positions of one row's entries, int32 [n]."""
+        parts = [segment.positions_of(row) for segment in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def all_positions(self) -> Tensor:
+        """Positions of every row's entries, int32 [B, H, n]. Needs rows of equal length."""
+        only = self.segments[0]
+        if len(self.segments) == 1 and isinstance(only, UniformSegment):
+            return only.positions().expand(self.batch, self.heads, -1)
+        return torch.stack([self.positions(row) for row in range(self.rows)]).unflatten(0, (self.batch, self.heads))
 
     def keys(self) -> Tensor:
         """Decoded keys [B, H, n, D]; a view where they are dense. Needs rows of equal length."""
@@ -117,12 +131,20 @@ class Store:
         if all(len(kept) == held for kept, held in zip(rows, self.lengths, strict=True)):
             return  # everything stays: the store is left exactly as it is
         self._dropped = True
+        only = self.segments[0]
+        if isinstance(index, Tensor) and len(self.segments) == 1 and isinstance(only, DenseSegment):
+            at = self.all_positions().gather(2, index)
+            wide = index[..., None].expand(-1, -1, -1, only.keys().shape[-1])
+            self.segments = [self._hold(only.keys().gather(2, wide), only.values().gather(2, wide), at)]
+            return
         gathered = []
         for row, kept in enumerate(rows):
             k, v, at = self.entries(row)
             gathered.append((k[kept], v[kept], at[kept]))
         if len({len(kept) for kept in rows}) == 1:
-            k, v, at = (torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*gathered, strict=True))
+            k, v, at = (
+                torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*gathered, strict=True)
+            )
             self.segments = [self._hold(k, v, at)]
         else:
             parts = [self._hold(k[None, None], v[None, None], at[None, None]) for k, v, at in gathered]
@@ -149,11 +171,10 @@ class Store:
             return self.codec.encode(k, v, at, 0)
         return DenseSegment.of(k, v, at)
 
-    def drop_before(self, position: int, slack: int = 64) -> None:
-        """Free consecutive entries a sliding window has passed, once there are ``slack`` of them."""
-        first = self.segments[0]
-        if isinstance(first, DenseSegment) and first.at is None and position - first.start >= slack:
-            first.drop_before(position)
+    def drop_before(self, position: int) -> None:
+        """Free entries before ``position``, which a sliding window has passed."""
+        for segment in self.segments:
+            segment.drop_before(position)
 
     def packed(self, row: int) -> int:
         """How many entries of a row are held as codes."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.segments import Query, entry_mask
+from workbench.cache.store import sink_share
 
 if TYPE_CHECKING:
     from workbench.cache.layer import WorkbenchLayer
@@ -59,7 +60,11 @@ def reference_attention(layer: WorkbenchLayer, query: Query, row: int) -> tuple[
     if mask is not None:
         extra = mask(query.q.shape[2] - 1, query.q.shape[2], 0, len(at))
         logits = logits + (extra[0, :, 0] if extra is not None else 0.0)
-    return logits.softmax(-1), at
+    weights = logits.softmax(-1)
+    if query.sinks is not None:
+        sinks = query.sinks[row * group : (row + 1) * group]
+        weights = weights * sink_share(logits.logsumexp(-1)[None, :, None], sinks)[0]
+    return weights, at
 
 
 def explain(trace: ReferenceRun, lane: Lane, token: int, answer: int = 0, most: int = 8) -> Why | None:

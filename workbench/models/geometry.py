@@ -46,10 +46,27 @@ class Geometry:
         kind = getattr(config, "model_type", "this")
         heads = getattr(config, "num_attention_heads", None)
         layers = getattr(config, "num_hidden_layers", None)
-        if not isinstance(heads, int) or not isinstance(layers, int) or not heads:
+        if heads is None or layers is None:
             raise ModelError(
                 f"A model of type '{kind}' has no attention cache to work on; choose a model with attention layers, "
                 "for example house/recall."
+            )
+        kv_heads = getattr(config, "num_key_value_heads", None)
+        kv_heads = heads if kv_heads is None else kv_heads
+        positions = getattr(config, "max_position_embeddings", None)
+        positions = 1 << 30 if positions is None else positions  # none: the model names no limit
+        _check_counts(
+            num_attention_heads=heads,
+            num_hidden_layers=layers,
+            num_key_value_heads=kv_heads,
+            hidden_size=getattr(config, "hidden_size", None),
+            vocab_size=getattr(config, "vocab_size", None),
+            max_position_embeddings=positions,
+        )
+        if heads % kv_heads:
+            raise ModelError(
+                f"The config says that {heads} query heads share {kv_heads} KV heads, which does not divide; get the model "
+                "again from its source."
             )
         kinds = list(getattr(config, "layer_types", None) or [])
         strange = sorted({k for k in kinds if k not in ATTENTION_LAYERS})
@@ -70,14 +87,21 @@ class Geometry:
         return cls(
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
-            max_positions=getattr(config, "max_position_embeddings", None) or 1 << 30,
+            max_positions=positions,
             dtype=dtype,
             element_size=element_size,
             sliding_windows=windows,
             rope_theta=theta,
             softcap=getattr(config, "attn_logit_softcapping", None),
         )
+
+
+def _check_counts(**counts: Any) -> None:
+    """ModelError where a config's number is none, or too small to mean anything."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ModelError(f"The config says {name} is {count!r}, which cannot be; get the model again from its source.")

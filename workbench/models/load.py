@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +23,7 @@ from workbench.models.geometry import Geometry
 from workbench.models.house import HOUSE, house_path
 
 LOG = logging.getLogger(__name__)
+HUB_SECONDS = 5.0  # that the Hub may take to answer before a model is looked for on this machine only
 
 
 class Model:
@@ -129,16 +133,53 @@ def load(name: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
     source = _source(str(name))
     torch_dtype = _dtype(dtype)
     place = _device(device)
-    config = _config(str(name), source)
-    Geometry.of(config)  # refuses models without a plain attention cache before anything is read
-    if isinstance(source, Path):
-        _check_weights(str(name), source, config)
-    network = _network(str(name), source, config, torch_dtype)
+    local = isinstance(source, Path) or not _hub_answers(source)
+    with _quiet():
+        config = _config(str(name), source, local)
+        Geometry.of(config)  # refuses models without a plain attention cache before anything is read
+        if isinstance(source, Path):
+            _check_weights(str(name), source)
+        network = _network(str(name), source, config, torch_dtype, local)
     try:
         network = network.to(place).eval()
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{name} does not fit on {place}; load it with device='cpu' or dtype='bfloat16'.") from None
-    return Model(str(name), network, _tokenizer(str(name), source))
+    return Model(str(name), network, _tokenizer(str(name), source, local))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' tables about a checkpoint stay off the screen: what matters in them becomes one sentence."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the Hub can be asked for this id now.
+
+    The Hub's client repeats a request that cannot be answered for half a minute, and a name server may take as long;
+    this asks once and waits :data:`HUB_SECONDS`.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+        except HfHubHTTPError:
+            pass  # an answer all the same; from_pretrained will say which
+        except Exception as error:  # whatever the transport of this version raises
+            LOG.info("the Hub cannot be reached: %s", error)
+            return
+        answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS + 1)
+    return answered.is_set()
 
 
 def _source(name: str) -> Path | str:
@@ -147,13 +188,16 @@ def _source(name: str) -> Path | str:
         return house_path(name)
     if name.startswith("house/"):
         raise ModelError(f"There is no house model '{name}'; there is {', '.join(sorted(HOUSE))}.")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, no such user
+        raise ModelError(f"{name[:40]!r} is no model's name; give a folder, a Hub id like owner/name, or house/recall.") from None
+    if is_file:
         raise ModelError(f"{name} is a file; give the folder that holds config.json and the safetensors weights.")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
-    if looks_local:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII):
         raise ModelError(
             f"There is no model '{name}': no such folder, and not a Hub id like owner/name; house models: "
             f"{', '.join(sorted(HOUSE))}."
@@ -162,7 +206,7 @@ def _source(name: str) -> Path | str:
 
 
 def _dtype(dtype: str) -> torch.dtype | str:
-    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
         raise ModelError(f"dtype '{dtype}' is not known; use one of {', '.join(known)}.")
     return known[dtype]
@@ -180,24 +224,28 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _config(name: str, source: Path | str) -> Any:
+def _config(name: str, source: Path | str, local: bool) -> Any:
     if isinstance(source, Path) and not (source / "config.json").is_file():
         raise ModelError(f"The folder {name} has no config.json; give a folder saved with save_pretrained.")
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         LOG.info("loading the config of %s failed: %s", name, error)
+        if isinstance(source, Path):
+            raise ModelError(f"The config.json of {name} cannot be read as JSON; save the model again.") from None
         raise ModelError(
             f"'{name}' could not be found as a folder or on the Hub (is there a network, and is the name right?); "
             f"house models need neither: {', '.join(sorted(HOUSE))}."
         ) from None
-    except (ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # a config from elsewhere may hold anything
         if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise ModelError(f"{name} needs code of its own to run, which is never executed here; choose another.") from None
+            raise ModelError(
+                f"{name} needs code of its own to run, which is never executed here; choose another."
+            ) from None
         raise ModelError(f"The config of {name} cannot be used ({_first_line(error)}); save the model again.") from None
 
 
-def _check_weights(name: str, folder: Path, config: Any) -> None:
+def _check_weights(name: str, folder: Path) -> None:
     """Say clearly what is wrong with the weight files before transformers meets them."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -218,7 +266,7 @@ def _check_weights(name: str, folder: Path, config: Any) -> None:
             ) from None
 
 
-def _network(name: str, source: Path | str, config: Any, dtype: torch.dtype | str) -> Any:
+def _network(name: str, source: Path | str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -227,6 +275,7 @@ def _network(name: str, source: Path | str, config: Any, dtype: torch.dtype | st
             attn_implementation=NAME,
             trust_remote_code=False,
             use_safetensors=True,
+            local_files_only=local,
             output_loading_info=True,
         )
     except torch.cuda.OutOfMemoryError:
@@ -243,22 +292,27 @@ def _network(name: str, source: Path | str, config: Any, dtype: torch.dtype | st
             f"The weights of {name} do not fit its config.json ({_first_line(error)}); one of the two is wrong or "
             "damaged, so get both again from the same source."
         ) from None
-    missing, mismatched = report["missing_keys"], report["mismatched_keys"]
-    if missing or mismatched:
-        first = next(iter(missing or mismatched))
-        first = first if isinstance(first, str) else first[0]
+    surplus = [key for key in report["unexpected_keys"] if _is_surplus_layer(key, config.get_text_config())]
+    wrong = sorted(key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"], *surplus))
+    if wrong:
         raise ModelError(
-            f"The weights of {name} do not fit its config.json ({len(missing) + len(mismatched)} tensors missing or of "
-            f"another shape, the first is {first}); get both again from the same source."
+            f"The weights of {name} do not fit its config.json ({len(wrong)} tensors are missing, too many or of another "
+            f"shape, the first is {wrong[0]}); get both again from the same source."
         )
     return network
 
 
-def _tokenizer(name: str, source: Path | str) -> Any:
+def _is_surplus_layer(key: str, config: Any) -> bool:
+    """Whether a weight belongs to a layer that the config says is not there."""
+    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", key)
+    return found is not None and int(found[1]) >= config.num_hidden_layers
+
+
+def _tokenizer(name: str, source: Path | str, local: bool) -> Any:
     if isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("vocab*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"The tokenizer of {name} cannot be read ({_first_line(error)}); copy its tokenizer.json again."

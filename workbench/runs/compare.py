@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from workbench.errors import PromptError, RecipeError
@@ -49,7 +50,7 @@ class Run:
         self.recipes = [Recipe.parse(recipe) for recipe in lanes]
         self.reference = reference
         self.snapshot, self.trace = snapshot, trace
-        _check(self.recipes, max_new_tokens, temperature, chunk, first_token, probes, reference)
+        _check(self.recipes, max_new_tokens, temperature, seed, chunk, first_token, probes, reference)
         self.prompt = model.encode(prompt)
         texts = [question] if isinstance(question, str) else list(question or [])
         self.questions = [(text, model.encode(text, continues=True)) for text in texts]
@@ -101,7 +102,9 @@ class Run:
         return Comparison(self.model, self.prompt, self.lanes, self.reference, self.trace)
 
 
-def stream(model: Model, prompt: str | Sequence[int], lanes: Sequence[str | Recipe], **options: object) -> Iterator[AnyEvent]:
+def stream(
+    model: Model, prompt: str | Sequence[int], lanes: Sequence[str | Recipe], **options: object
+) -> Iterator[AnyEvent]:
     """The run of :func:`compare`, event by event; the same arguments, plus ``control`` to cancel it."""
     return Run(model, prompt, lanes, **options).events()  # type: ignore[arg-type]
 
@@ -144,6 +147,7 @@ def _check(
     recipes: Sequence[Recipe],
     max_new_tokens: int,
     temperature: float,
+    seed: int,
     chunk: int,
     first_token: str,
     probes: Sequence[str],
@@ -155,8 +159,10 @@ def _check(
         raise RecipeError(f"The reference is lane {reference}, but there are lanes 0 to {len(recipes) - 1}.")
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise PromptError(f"temperature must be 0 (greedy) or above, got {temperature}.")
+    if not 0 <= seed < 1 << 63:
+        raise PromptError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed}.")
     if chunk < 1:
         raise PromptError(f"chunk must be at least 1 token, got {chunk}.")
     if first_token not in ("replayed", "prefill"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.cache import WorkbenchCache
+from workbench.errors import WorkbenchError
 from workbench.runs.events import Token
 from workbench.runs.lane import Answer
 from workbench.runs.prompt import forward
@@ -48,6 +50,13 @@ def end_tokens(model: Model) -> set[int]:
     if ends is None:
         return set()
     return set(ends) if isinstance(ends, list | tuple) else {int(ends)}
+
+
+def kl_divergence(reference: Tensor, lane: Tensor) -> float:
+    """KL(reference || lane) in nats of two log-distributions [vocabulary]; never below 0."""
+    # Where the reference gives no probability (masked vocabulary), 0 * (-inf) counts as 0.
+    kl = torch.where(reference > -torch.inf, reference.exp() * (reference - lane), 0.0).sum()
+    return float(kl.clamp_min(0.0))  # rounding may leave it a little below
 
 
 class Decoder:
@@ -116,15 +125,19 @@ class Decoder:
             return
         self._add_kl(index, logits)
         if token != self._reference.tokens[index]:
-            self._fork = self.cache.clone()  # from here the lane goes its own way; teacher forcing goes on from the fork
+            self._fork = self.cache.clone()  # the lane goes its own way from here; teacher forcing starts from the fork
 
     def _add_kl(self, index: int, logits: Tensor) -> None:
         assert self._reference is not None
         p = self._reference.log_probs[index]
         q = logits.log_softmax(-1)
-        # Where the reference gives no probability (masked vocabulary), 0 * (-inf) counts as 0.
-        kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum()
-        self._kl.append(max(0.0, float(kl)))
+        kl = kl_divergence(p, q)
+        if math.isnan(kl):
+            raise WorkbenchError(
+                "The logits of this lane are not numbers (NaN); load the model with dtype='float32', or use a recipe "
+                "that changes the cache less."
+            )
+        self._kl.append(kl)
         self._agreed += int(p.argmax() == q.argmax())
 
     def _first_divergence(self) -> None:

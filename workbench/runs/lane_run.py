@@ -108,7 +108,7 @@ class LaneRun:
             try:
                 yield PrefillProgress(self.number, next(reading), total)
             except StopIteration as finished:
-                return finished.value  # type: ignore[no-any-return]
+                return finished.value
 
     def _answer(self, index: int, question: list[int], cache: WorkbenchCache, logits: Tensor) -> Iterator[AnyEvent]:
         """Generate one answer: for a question fed now, or for the prompt itself."""

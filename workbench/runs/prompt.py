@@ -89,7 +89,6 @@ class Snapshot:
     cache: WorkbenchCache
     logits: Tensor
     queries: list[Query]
-    last_chunk: int
     seconds: float
 
     def serves(self, recipe: Recipe) -> bool:
@@ -100,7 +99,7 @@ class Snapshot:
         """The cache of a lane that read the prompt and then applied ``recipe``."""
         cache = self.cache.clone(recipe)
         with torch.inference_mode():
-            cache.apply_recipe(self.queries, self.last_chunk)
+            cache.apply_recipe(self.queries)
         return cache
 
 
@@ -111,4 +110,4 @@ def take_snapshot(model: Model, ids: list[int], chunk: int, control: Control) ->
     began = time.perf_counter()
     logits = yield from read(model, cache, ids, chunk, control)
     cache.probes.clear()
-    return Snapshot(cache, logits, recorder.take(), (len(ids) - 1) % chunk + 1, time.perf_counter() - began)
+    return Snapshot(cache, logits, recorder.take(), time.perf_counter() - began)

@@ -67,6 +67,7 @@ class Strategy(param.Parameterized):
                     f"{self.key} has no parameter '{name}'; it has {', '.join(known) or 'none'}."
                     + suggestion(name, known)
                 )
+        values = {name: canonical(self.key, self.param[name], value) for name, value in values.items()}
         try:
             super().__init__(**values)
         except (ValueError, TypeError) as error:
@@ -120,6 +121,20 @@ class Strategy(param.Parameterized):
 
     def after_step(self, view: LayerView) -> None:
         """After each later chunk (a generated token, a question) attended in a layer."""
+
+
+def canonical(key: str, declared: param.Parameter, value: Any) -> Any:
+    """One spelling for values that mean the same (1 and 1.0), so that recipes compare; refuses look-alikes."""
+    choices = list(getattr(declared, "objects", []))
+    number = isinstance(declared, param.Number)
+    if (number and isinstance(value, bool)) or (
+        value in choices and not any(value == choice and type(value) is type(choice) for choice in choices)
+    ):
+        takes = f"one of {', '.join(map(written, choices))}" if choices else "a number"
+        raise RecipeError(f"{key}: {declared.name} must be {takes}, got {written(value)}.")
+    if number and not isinstance(declared, param.Integer) and isinstance(value, int):
+        return float(value) if abs(value) < 1 << 53 else value
+    return value
 
 
 def written(value: Any) -> str:

@@ -10,6 +10,7 @@ from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy
 
 FULL = "full"
+LONGEST = 2000  # characters of a recipe
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class Recipe:
         """Read a recipe; RecipeError says in one sentence what is wrong with it."""
         if isinstance(text, Recipe):
             return text
+        if isinstance(text, str) and len(text) > LONGEST:
+            raise RecipeError(f"The recipe is {len(text):,} characters long; {LONGEST:,} is the most.")
         if not isinstance(text, str) or not text.strip():
-            raise RecipeError("The recipe is empty; write 'full' for the full cache, or for example snapkv(budget=0.25).")
+            raise RecipeError(
+                "The recipe is empty; write 'full' for the full cache, or for example snapkv(budget=0.25)."
+            )
         try:
             tree = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise RecipeError(
                 f"The recipe '{text}' cannot be read; write it like snapkv(budget=0.25) | kivi(bits=2)."
             ) from None
@@ -71,7 +76,7 @@ def _strategy(node: ast.expr, text: str) -> Strategy | None:
         return None if node.id == FULL else strategy_class(node.id)()
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         raise RecipeError(
-            f"'{ast.unparse(node)}' in the recipe '{text}' is not a strategy; write it like snapkv(budget=0.25)."
+            f"'{_source(node)}' in the recipe '{text}' is not a strategy; write it like snapkv(budget=0.25)."
         )
     name = node.func.id
     if name == FULL and not node.args and not node.keywords:
@@ -87,11 +92,18 @@ def _strategy(node: ast.expr, text: str) -> Strategy | None:
             raise RecipeError(f"{name}: the parameter '{keyword.arg}' is given twice.")
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise RecipeError(
-                f"{name}: '{ast.unparse(keyword.value)}' is not a value for {keyword.arg}; write a number or a quoted text."
+                f"{name}: '{_source(keyword.value)}' is not a value for {keyword.arg}; write a number or a quoted text."
             ) from None
     return cls(**values)
+
+
+def _source(node: ast.expr) -> str:
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return "…"
 
 
 def _example(cls: type[Strategy]) -> str:
@@ -111,7 +123,9 @@ def _check_order(parts: tuple[Strategy, ...]) -> None:
             )
         coded = next((p for p in before if p.family == "quantization"), None)
         if part.family == "quantization" and coded is not None:
-            raise RecipeError(f"{part.key} cannot follow {coded.key}: entries are held by one codec; use one of the two.")
+            raise RecipeError(
+                f"{part.key} cannot follow {coded.key}: entries are held by one codec; use one of the two."
+            )
     acting = next((p for p in parts if p.family == "eviction" and p.keeps_acting), None)
     coded = next((p for p in parts if p.family == "quantization"), None)
     if acting is not None and coded is not None:

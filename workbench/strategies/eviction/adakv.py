@@ -18,6 +18,8 @@ def scorer_class(name: str) -> type[Eviction]:
     """The eviction method registered as ``name``, to be used for its score alone."""
     from workbench.strategies.registry import registry, strategy_class
 
+    if not isinstance(name, str):
+        raise RecipeError(f"adakv: scorer must be the name of a method in quotes, like \"snapkv\", got {name!r}.")
     cls = strategy_class(name)
     if not issubclass(cls, Eviction) or cls is AdaKV or cls.needs_prompt:
         usable = [k for k, c in registry().items() if issubclass(c, Eviction) and c is not AdaKV and not c.needs_prompt]
@@ -56,7 +58,7 @@ class AdaKV(Eviction):
     @property
     def inner(self) -> Eviction:
         """The scorer with its parameters."""
-        return self._inner  # type: ignore[attr-defined, no-any-return]
+        return self._inner  # type: ignore[attr-defined]
 
     @property
     def resolved(self) -> str:

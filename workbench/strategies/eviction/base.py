@@ -6,7 +6,6 @@ import math
 from typing import ClassVar
 
 import param
-import torch
 from torch import Tensor
 
 from workbench.cache.layer import LayerView
@@ -60,21 +59,29 @@ class Eviction(Strategy):
 
 
 class StepwiseEviction(Eviction):
-    """Eviction that the literature also runs while generating: the number kept stays that of the prompt."""
+    """Eviction that the literature also runs while generating: the number kept stays that of the prompt.
+
+    A budget of 1.0 is everything, so it never evicts.
+    """
 
     recompress_every = param.Integer(
         1, bounds=(0, 4096), doc="generated tokens between evictions; 0 acts once, after the prompt", precedence=9
     )
 
+    def capacity(self, view: LayerView) -> int:
+        """Entries per KV head while generating; a count may be more than the prompt had."""
+        return self.budget if isinstance(self.budget, int) else tokens_kept(self.budget, view.prompt_length)
+
     @property
     def keeps_acting(self) -> bool:
-        return self.recompress_every > 0
+        return self.recompress_every > 0 and not (isinstance(self.budget, float) and self.budget == 1.0)
 
     def after_step(self, view: LayerView) -> None:
-        every = self.recompress_every
-        count = tokens_kept(self.budget, view.prompt_length)
+        if not self.keeps_acting:
+            return
+        count = self.capacity(view)
         # With an interval the cache may grow by that many tokens before it is cut back.
-        if every and view.length - count >= every:
+        if view.length - count >= self.recompress_every:
             self.keep(view, select_top(self.score(view), count))
 
 

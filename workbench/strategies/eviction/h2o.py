@@ -6,7 +6,7 @@ import param
 from torch import Tensor
 
 from workbench.cache.layer import LayerView
-from workbench.strategies.eviction.base import StepwiseEviction, protect_last, tokens_kept
+from workbench.strategies.eviction.base import StepwiseEviction, protect_last
 
 
 class H2O(StepwiseEviction):
@@ -24,19 +24,29 @@ class H2O(StepwiseEviction):
         received = view.chunk_attention_sums().unflatten(1, (view.kv_heads, -1)).sum(2)  # [B, H, n]
         before = view.state.get("received")
         if before is not None:
-            shared = min(before.shape[-1], received.shape[-1])  # a sliding window may have dropped the oldest
-            received[..., :shared] += before[..., before.shape[-1] - shared :] if shared < before.shape[-1] else before
+            held = received.shape[-1] - view.chunk.shape[2]  # entries from before this chunk
+            received[..., :held] += newest(before, held)
         view.state["received"] = received
 
+    def after_prefill(self, view: LayerView) -> None:
+        super().after_prefill(view)
+        if not self.keeps_acting:
+            view.state.clear()  # the sums are needed no more
+
     def after_step(self, view: LayerView) -> None:
-        if self.recompress_every:
+        if self.keeps_acting:
             self.on_chunk(view)
             super().after_step(view)
 
     def score(self, view: LayerView) -> Tensor:
-        kept = tokens_kept(self.budget, view.prompt_length)
-        return protect_last(view.state["received"], min(int(self.recent * kept), view.length))
+        recent = min(int(self.recent * self.capacity(view)), view.length)
+        return protect_last(newest(view.state["received"], view.length), recent)
 
     def keep(self, view: LayerView, index: Tensor) -> None:
-        view.state["received"] = view.state["received"].gather(-1, index)
+        view.state["received"] = newest(view.state["received"], view.length).gather(-1, index)
         view.keep(index)
+
+
+def newest(received: Tensor, count: int) -> Tensor:
+    """The last ``count`` of [B, H, n]: a sliding window may have dropped the oldest entries meanwhile."""
+    return received[..., received.shape[-1] - count :]

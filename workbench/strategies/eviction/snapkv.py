@@ -30,5 +30,7 @@ class SnapKV(Eviction):
         votes = view.window_attention(self.window).mean((2, 3))  # [B, H, n]
         window = min(self.window, view.length)
         older = votes[..., : view.length - window]
-        pooled = F.avg_pool1d(older, self.kernel, stride=1, padding=self.kernel // 2)[..., : older.shape[-1]]
+        pooled = older  # nothing, where the prompt is no longer than the window
+        if older.shape[-1]:
+            pooled = F.avg_pool1d(older, self.kernel, stride=1, padding=self.kernel // 2)[..., : older.shape[-1]]
         return F.pad(pooled, (0, window), value=PROTECTED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import param
 from torch import Tensor
@@ -26,9 +26,9 @@ class KIVI(Strategy):
     paper = "arXiv 2402.02750"
     summary = "Holds keys and values in 2, 4 or 8 bits, the newest tokens in full precision."
 
-    bits = param.Selector(default=2, objects=[2, 4, 8], doc="bits per number, for keys and values")
-    key_bits = param.Selector(default=None, objects=[None, 2, 4, 8], doc="bits for keys, where they differ")
-    value_bits = param.Selector(default=None, objects=[None, 2, 4, 8], doc="bits for values, where they differ")
+    bits: Any = param.Selector(default=2, objects=[2, 4, 8], doc="bits per number, for keys and values")
+    key_bits: Any = param.Selector(default=None, objects=[None, 2, 4, 8], doc="bits for keys, where they differ")
+    value_bits: Any = param.Selector(default=None, objects=[None, 2, 4, 8], doc="bits for values, where they differ")
     group_size = param.Integer(32, bounds=(16, 128), doc="numbers that share a scale and a minimum")
     residual_length = param.Integer(
         128, bounds=(16, 4096), doc="newest tokens in full precision (a multiple of group_size)"
