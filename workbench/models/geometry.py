@@ -104,4 +104,6 @@ def _check_counts(**counts: Any) -> None:
     """ModelError where a config's number is none, or too small to mean anything."""
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ModelError(f"The config says {name} is {count!r}, which cannot be; get the model again from its source.")
+            raise ModelError(
+                f"The config says {name} is {count!r}, which cannot be; get the model again from its source."
+            )

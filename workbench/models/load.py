@@ -132,7 +132,7 @@ def load(name: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
     transformers_logging.disable_progress_bar()
     source = _source(str(name))
     torch_dtype = _dtype(dtype)
-    place = _device(device)
+    place = pick_device(device)
     local = isinstance(source, Path) or not _hub_answers(source)
     with _quiet():
         config = _config(str(name), source, local)
@@ -194,7 +194,9 @@ def _source(name: str) -> Path | str:
             return path
         is_file = path.exists()
     except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, no such user
-        raise ModelError(f"{name[:40]!r} is no model's name; give a folder, a Hub id like owner/name, or house/recall.") from None
+        raise ModelError(
+            f"{name[:40]!r} is no model's name; give a folder, a Hub id like owner/name, or house/recall."
+        ) from None
     if is_file:
         raise ModelError(f"{name} is a file; give the folder that holds config.json and the safetensors weights.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII):
@@ -206,13 +208,19 @@ def _source(name: str) -> Path | str:
 
 
 def _dtype(dtype: str) -> torch.dtype | str:
-    known: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if dtype not in known:
         raise ModelError(f"dtype '{dtype}' is not known; use one of {', '.join(known)}.")
     return known[dtype]
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """``auto`` takes CUDA where there is one; ModelError for a name that is no device, or is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -293,7 +301,10 @@ def _network(name: str, source: Path | str, config: Any, dtype: torch.dtype | st
             "damaged, so get both again from the same source."
         ) from None
     surplus = [key for key in report["unexpected_keys"] if _is_surplus_layer(key, config.get_text_config())]
-    wrong = sorted(key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"], *surplus))
+    wrong = sorted(
+        key if isinstance(key, str) else key[0]
+        for key in (*report["missing_keys"], *report["mismatched_keys"], *surplus)
+    )
     if wrong:
         raise ModelError(
             f"The weights of {name} do not fit its config.json ({len(wrong)} tensors are missing, too many or of another "

@@ -64,7 +64,9 @@ def check_writable(path: str | Path) -> Path:
             raise _storage_error(path, PermissionError(errno.EACCES, "permission denied"))
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, no such user
         reason = getattr(error, "strerror", None) or str(error)
-        raise StorageError(f"{Path(path).name[:40]!r} cannot be used as a file name ({reason}); choose another.") from None
+        raise StorageError(
+            f"{Path(path).name[:40]!r} cannot be used as a file name ({reason}); choose another."
+        ) from None
     return target
 
 

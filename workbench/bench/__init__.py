@@ -1,0 +1,1 @@
+"""The measurements behind ``kvw bench``. Speeds are ratios against plain transformers, taken in the same run."""

@@ -1,0 +1,105 @@
+"""Peak memory of one contender, each in a process of its own: what the kernel counted, on Linux.
+
+Run as a module it measures one contender and prints JSON; :func:`measure_peaks` starts it for each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}  # freed is freed at once
+
+
+def measure_peaks(
+    recipes: Sequence[str] | None,
+    lengths: Sequence[int] | None,
+    rounds: int | None,
+    quick: bool,
+    tell: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Per model and length: peak resident bytes of reading the prompt and decoding 8 tokens, per contender.
+
+    ``added`` is what the run added to the loaded model, ``total`` the whole process; both also as ratios to plain
+    transformers. Empty where the kernel does not count it (it takes Linux's /proc/self/clear_refs).
+    """
+    from workbench.bench.speed import LENGTHS, PLAIN, RECIPES
+    from workbench.bench.subjects import subjects
+
+    if not _can_count():
+        return []
+    names = [PLAIN, *dict.fromkeys(["full", *(recipes or RECIPES)])]
+    out = []
+    for model in subjects(quick):
+        for length in lengths or ((128,) if quick else LENGTHS):
+            lanes: dict[str, dict[str, float]] = {}
+            for name in names:
+                tell(f"peak memory: {model}, {length:,} tokens, {name}")
+                runs = [_in_own_process(model, length, name) for _ in range(1 if quick else min(rounds or 3, 3))]
+                lanes[name] = {key: statistics.median(run[key] for run in runs) for key in ("added", "total")}
+            for lane in lanes.values():
+                lane["added_ratio"] = round(lane["added"] / max(1.0, lanes[PLAIN]["added"]), 4)
+                lane["total_ratio"] = round(lane["total"] / lanes[PLAIN]["total"], 4)
+            out.append({"model": model, "tokens": length, "lanes": lanes})
+    return out
+
+
+def _in_own_process(model: str, length: int, name: str) -> dict[str, float]:
+    environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "workbench.bench.peak", model, str(length), name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring {name} at {length} tokens failed: {done.stderr.strip().splitlines()[-1:]}")
+    return dict(json.loads(done.stdout))
+
+
+def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
+    """Bytes at the peak of one prompt and 8 tokens: added to the loaded model, and in all."""
+    import torch
+
+    from workbench.bench.speed import contenders
+    from workbench.bench.subjects import random_ids, subject
+
+    model = subject(model_name)
+    one = next(c for c in contenders(model, [] if name == "plain transformers" else [name]) if c.name == name)
+    length = min(length, model.geometry.max_positions - 9)
+    ids, following = torch.tensor([random_ids(model, length)]), torch.tensor([random_ids(model, 8, seed=1)])
+    one.prefill(ids[:, :64])  # the libraries' own buffers are no part of it
+    one.decode(following[:, :2])
+    one.cache = None
+    gc.collect()
+    CLEAR.write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    one.prefill(ids)
+    one.decode(following)
+    peak = _status("VmHWM")
+    return {"added": peak - before, "total": peak}
+
+
+def _can_count() -> bool:
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return STATUS.exists()
+
+
+def _status(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(peak_of(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

@@ -1,0 +1,170 @@
+"""``kvw bench``: run the measurements, print them, write them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from workbench.commands.output import check_target, console, size, write_result
+from workbench.errors import WorkbenchError
+
+SUBJECTS = ("speed", "bytes", "load", "rerun", "app")
+
+
+def measure(
+    subjects: Sequence[str],
+    recipes: list[str] | None,
+    lengths: list[int] | None,
+    rounds: int | None,
+    quick: bool,
+    json_file: str | None,
+) -> int:
+    """Measure; 0, or 1 where a figure that is asked for is not reached or a speed was refused."""
+    unknown = [name for name in subjects if name not in SUBJECTS]
+    if unknown:
+        raise WorkbenchError(f"There is no measurement '{unknown[0]}'; there are {', '.join(SUBJECTS)}.")
+    if any(length < 16 for length in lengths or []):
+        raise WorkbenchError(f"--length must be at least 16 tokens, got {min(lengths or [0])}.")
+    check_target(json_file)
+    from workbench.bench.app import measure_app
+    from workbench.bench.cache_bytes import measure_bytes
+    from workbench.bench.latency import measure_load, measure_rerun
+    from workbench.bench.machine import commit, describe_machine
+    from workbench.strategies.recipe import Recipe
+
+    recipes = [Recipe.parse(text).text for text in recipes] if recipes else None
+    result: dict[str, Any] = {
+        "schema": 1,
+        "command": command_line(subjects, recipes, lengths, rounds, quick),
+        "commit": commit(),
+        "quick": quick,
+        "machine": describe_machine(),
+    }
+    measurements: dict[str, Callable[[], Any]] = {
+        "speed": lambda: _speed(recipes, lengths, rounds, quick),
+        "bytes": lambda: measure_bytes(recipes, quick, _tell),
+        "load": lambda: measure_load(rounds, quick, _tell),
+        "rerun": lambda: measure_rerun(rounds, quick, _tell),
+        "app": lambda: measure_app(rounds, quick, _tell),
+    }
+    failed: dict[str, str] = {}
+    out = console() if json_file is None else Console(stderr=True, width=160, highlight=False)
+    for name in dict.fromkeys(subjects or SUBJECTS):
+        try:
+            result[name] = measurements[name]()
+        except Exception as error:  # what the others measured is not lost
+            if os.environ.get("KVW_DEBUG"):
+                raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            _tell(f"{name} could not be measured ({failed[name]}).")
+            continue
+        SHOW[name](result[name], out)
+    if failed:
+        result["failed"] = failed
+    if json_file is not None:
+        write_result(json_file, result)
+    return 1 if failed or _missed(result) else 0
+
+
+def command_line(
+    subjects: Sequence[str], recipes: list[str] | None, lengths: list[int] | None, rounds: int | None, quick: bool
+) -> str:
+    """The command that repeats a measurement."""
+    words = ["kvw", "bench", *subjects]
+    words += [word for recipe in recipes or [] for word in ("--recipe", recipe)]
+    words += [word for length in lengths or [] for word in ("--length", str(length))]
+    words += ["--rounds", str(rounds)] if rounds else []
+    return shlex.join([*words, "--quick"] if quick else words)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _speed(recipes: list[str] | None, lengths: list[int] | None, rounds: int | None, quick: bool) -> dict[str, Any]:
+    from workbench.bench.peak import measure_peaks
+    from workbench.bench.speed import measure_speed
+
+    return {
+        "times": measure_speed(recipes, lengths, rounds, quick, _tell),
+        "peak_memory": measure_peaks(recipes, lengths, rounds, quick, _tell),
+    }
+
+
+def _missed(result: dict[str, Any]) -> bool:
+    """Whether a speed was refused or a figure for bytes was not reached."""
+    refused = any("refused" in case for case in result.get("speed", {}).get("times", []))
+    lanes = [lane for case in result.get("bytes", []) for lane in case["lanes"].values()]
+    return refused or any(lane["reached"] is False for lane in lanes)
+
+
+def _show_speed(speed: dict[str, Any], out: Console) -> None:
+    for case in speed["times"]:
+        out.print(
+            f"{case['model']}, {case['dtype']}, {case['tokens']:,} tokens, {case['rounds']} rounds, against plain transformers",
+            markup=False,
+        )
+        if "refused" in case:
+            out.print(case["refused"], markup=False)
+            continue
+        table = Table("recipe", "prefill", "range", "s", "decode", "range", "ms a token")
+        for name, lane in case["lanes"].items():
+            a, b = lane["prefill"], lane["decode"]
+            row = (f"{a['ratio']:.3f}x", f"{a['low']:.3f}-{a['high']:.3f}", f"{a['seconds']:.3f}")
+            table.add_row(
+                escape(name), *row, f"{b['ratio']:.3f}x", f"{b['low']:.3f}-{b['high']:.3f}", f"{1e3 * b['seconds']:.2f}"
+            )
+        out.print(table)
+    for case in speed["peak_memory"]:
+        out.print(
+            f"{case['model']}, {case['tokens']:,} tokens: peak resident memory, prompt and 8 tokens", markup=False
+        )
+        table = Table("recipe", "added to the loaded model", "of plain", "whole process", "of plain")
+        for name, lane in case["lanes"].items():
+            table.add_row(
+                escape(name),
+                size(lane["added"]),
+                f"{lane['added_ratio']:.3f}x",
+                size(lane["total"]),
+                f"{lane['total_ratio']:.3f}x",
+            )
+        out.print(table)
+
+
+def _show_bytes(cases: list[dict[str, Any]], out: Console) -> None:
+    for case in cases:
+        out.print(f"{case['model']}, {case['dtype']}, {case['tokens']:,} tokens: bytes after the prompt", markup=False)
+        table = Table("recipe", "held", "of full", "at most", "")
+        for name, lane in case["lanes"].items():
+            limit = "" if lane["at_most"] is None else f"{lane['at_most']:.2f}x"
+            mark = {None: "", True: "reached", False: "MISSED"}[lane["reached"]]
+            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, mark)
+        out.print(table)
+
+
+def _show_waits(found: dict[str, Any], out: Console) -> None:
+    if "skipped" in found:
+        out.print(f"Not measured: {found['skipped']}.", markup=False)
+        return
+    about = ", ".join(f"{key} {value}" for key, value in found.items() if not isinstance(value, dict))
+    table = Table(about, "p50 ms", "p95 ms", "most ms")
+    for key, value in found.items():
+        if isinstance(value, dict):
+            table.add_row(key.replace("_", " "), *(f"{value[k]:.1f}" for k in ("p50_ms", "p95_ms", "max_ms")))
+    out.print(table)
+
+
+SHOW: dict[str, Callable[[Any, Console], None]] = {
+    "speed": _show_speed,
+    "bytes": _show_bytes,
+    "load": _show_waits,
+    "rerun": _show_waits,
+    "app": _show_waits,
+}
