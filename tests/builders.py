@@ -44,7 +44,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         **SIZES, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SIZES, head_dim=16, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        **SIZES,
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=None),
     "phi3-sliding": lambda: transformers.Phi3Config(**SIZES, sliding_window=WINDOW),

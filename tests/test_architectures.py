@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
-from tests.builders import ARCHITECTURES, SIZES, WINDOW, build, cache_for, feed, network, plain, prompt
 
 import workbench as wb
+from tests.builders import ARCHITECTURES, SIZES, WINDOW, build, cache_for, feed, network, plain, prompt
 from workbench.strategies.recipe import Recipe
 
 LENGTH = 29  # longer than three sliding windows
@@ -25,7 +25,9 @@ def test_full_gives_the_logits_of_plain_transformers(name: str, chunk: int | Non
     ids = prompt(LENGTH)
     with torch.inference_mode():
         expected = plain(name)(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(feed(build(name), cache_for(build(name), "full", LENGTH), ids, chunk), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        feed(build(name), cache_for(build(name), "full", LENGTH), ids, chunk), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_full_gives_the_greedy_tokens_of_plain_transformers(name: str) -> None:
@@ -74,7 +76,9 @@ def test_recipes_that_change_nothing_yet_are_bit_identical_to_full(name: str, re
     assert sum(caches[0].memory().by_layer) == sum(caches[1].memory().by_layer)
 
 
-@pytest.mark.parametrize("recipe", ["snapkv(budget=6, window=4)", "h2o(budget=9)", "adakv(budget=8, window=4)", "tova(budget=7)"])
+@pytest.mark.parametrize(
+    "recipe", ["snapkv(budget=6, window=4)", "h2o(budget=9)", "adakv(budget=8, window=4)", "tova(budget=7)"]
+)
 def test_generate_takes_the_cache_as_it_is(name: str, recipe: str) -> None:
     model, ids = build(name), torch.tensor([prompt(LENGTH)])
     cache = wb.cache(recipe, model)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tests.builders import build, cache_for, feed, prompt
 from torch import Tensor
 
 import workbench as wb
+from tests.builders import build, cache_for, feed, prompt
 from workbench.cache.affine import dequantize, quantize
 from workbench.cache.packed import PackedSegment
 from workbench.cache.segments import Query
@@ -47,7 +47,9 @@ def test_the_error_is_at_most_half_a_step(x: np.ndarray, bits: int) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(arrays(np.float16, (3, 32), elements=st.floats(-1000, 1000, width=16)), st.sampled_from([2, 4, 8]))
-def test_the_minimum_of_float16_numbers_is_exact_and_the_maximum_to_the_scales_rounding(x: np.ndarray, bits: int) -> None:
+def test_the_minimum_of_float16_numbers_is_exact_and_the_maximum_to_the_scales_rounding(
+    x: np.ndarray, bits: int
+) -> None:
     x = torch.from_numpy(x).float()
     decoded, scale, low = round_trip(x, bits)
     assert torch.equal(decoded.gather(-1, x.argmin(-1, keepdim=True)), x.amin(-1, keepdim=True))
@@ -167,7 +169,8 @@ def test_bytes_are_those_of_the_cards_formula(tokens: int, bits: int, group: int
 
 
 @pytest.mark.parametrize(
-    "bits, group, tokens, share", [(2, 32, 4096, 0.2002), (2, 128, 4096, 0.1541), (4, 32, 4096, 0.3232), (2, 32, 1024, 0.2383)]
+    "bits, group, tokens, share",
+    [(2, 32, 4096, 0.2002), (2, 128, 4096, 0.1541), (4, 32, 4096, 0.3232), (2, 32, 1024, 0.2383)],
 )
 def test_card_fractions_of_half_precision(bits: int, group: int, tokens: int, share: float) -> None:
     segment = fill(tokens, KIVI(bits=bits, group_size=group), dim=128, dtype=torch.float16)
@@ -198,10 +201,14 @@ def test_attention_crosses_many_blocks_of_packed_entries() -> None:
 
 def test_a_models_key_values_in_few_bits_are_near_the_full_ones_and_nearer_with_more() -> None:
     model, ids, later = build(), prompt(100), prompt(10, seed=1)
+
     def logits(recipe: str) -> Tensor:
         cache = cache_for(model, recipe)
         feed(model, cache, ids)
         return feed(model, cache, later, 1)
+
     full = logits("full")
-    error = {b: (logits(f"kivi(bits={b}, group_size=16, residual_length=16)") - full).abs().mean().item() for b in (2, 4, 8)}
+    error = {
+        b: (logits(f"kivi(bits={b}, group_size=16, residual_length=16)") - full).abs().mean().item() for b in (2, 4, 8)
+    }
     assert error[2] > 2 * error[4] > 8 * error[8] > 0

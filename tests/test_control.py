@@ -6,9 +6,9 @@ import threading
 import time
 
 import pytest
-from tests.builders import build, prompt
 
 import workbench as wb
+from tests.builders import build, prompt
 from workbench.runs.control import DeviceQueue, device_queue
 from workbench.runs.events import LaneDone, PrefillProgress, Queued, Token
 
@@ -20,7 +20,11 @@ def test_cancel_from_another_thread_stops_at_the_next_token_and_keeps_what_came(
     def run() -> None:
         result.append(
             wb.compare(
-                build(), prompt(20), ["full", "knorm(budget=5)"], max_new_tokens=480, control=control,
+                build(),
+                prompt(20),
+                ["full", "knorm(budget=5)"],
+                max_new_tokens=480,
+                control=control,
                 on_event=lambda event: seen.set() if isinstance(event, Token) and event.index == 5 else None,
             )
         )

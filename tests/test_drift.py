@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tests.builders import build, cache_for, prompt
 from torch import Tensor
 
 import workbench as wb
+from tests.builders import build, cache_for, prompt
 from workbench.cache.layer import WorkbenchLayer
 from workbench.cache.segments import Query
 from workbench.inspection.drift import common_entries, read_error, stored_cosine
@@ -49,7 +49,9 @@ def test_card_a_output_error_of_keeping_two_tokens() -> None:
     reference = layer_of(KEYS, VALUES)
     lane = evicted(reference, [0, 1])
     torch.testing.assert_close(reference.store.attend(query())[0, 0, 0], torch.tensor([0.8, 0.7]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(lane.store.attend(query())[0, 0, 0], torch.tensor([0.571429, 0.428571]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        lane.store.attend(query())[0, 0, 0], torch.tensor([0.571429, 0.428571]), atol=1e-6, rtol=0
+    )
     assert read_error(reference, lane, query()) == pytest.approx([0.333815] * 2, abs=1e-5)
 
 
@@ -61,7 +63,9 @@ def test_card_b_a_shift_of_all_keys_changes_nothing_that_is_read() -> None:
 
 def test_card_c_and_d_cosines() -> None:
     turned = [torch.tensor([[math.cos(p), math.sin(p)]]) for p in (3, 5)]
-    key, value = stored_cosine(layer_of(turned[0], torch.tensor([[3.0, 4]])), layer_of(turned[1], torch.tensor([[3.0, 0]])), 0)
+    key, value = stored_cosine(
+        layer_of(turned[0], torch.tensor([[3.0, 4]])), layer_of(turned[1], torch.tensor([[3.0, 0]])), 0
+    )
     assert (key, value) == pytest.approx((-0.416147, 0.6), abs=1e-6)
 
 
@@ -101,7 +105,9 @@ def test_card_kl() -> None:
 
 
 def test_nothing_drifts_at_a_budget_of_everything_and_more_at_a_smaller_one() -> None:
-    cmp = wb.compare(build(), prompt(60), ["full", "snapkv(budget=1.0)", "knorm(budget=30)", "knorm(budget=5)"], max_new_tokens=2)
+    cmp = wb.compare(
+        build(), prompt(60), ["full", "snapkv(budget=1.0)", "knorm(budget=30)", "knorm(budget=5)"], max_new_tokens=2
+    )
     for name in ("key_cosine", "value_cosine"):
         assert all(x == pytest.approx(1.0, abs=1e-6) for lane in cmp for row in lane.drift[name] for x in row)
     errors = [sum(sum(row) for row in lane.drift["output_relative_l2"]) for lane in cmp]

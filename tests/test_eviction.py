@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
 
+from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
 from workbench.cache.cache import WorkbenchCache
 from workbench.strategies.base import tokens_kept
 from workbench.strategies.eviction.base import Eviction, StepwiseEviction
@@ -37,7 +37,9 @@ def run(recipe: str, later: int = 0, chunk: int | None = None, name: str = "llam
 
 def kept(cache: WorkbenchCache) -> list[list[list[int]]]:
     heads = range(cache.geometry.num_kv_heads)
-    return [[cache.layers[layer].store.positions(head).tolist() for head in heads] for layer in range(len(cache.layers))]
+    return [
+        [cache.layers[layer].store.positions(head).tolist() for head in heads] for layer in range(len(cache.layers))
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
@@ -47,7 +49,9 @@ def test_a_budget_of_everything_is_bit_identical_to_full(key: str, name: str, ch
     outputs = []
     for recipe in ("full", f"{key}(budget=1.0)"):
         cache = cache_for(model, recipe, LENGTH)
-        outputs.append(torch.cat([feed(model, cache, ids, chunk), feed(model, cache, later[:5], 1), feed(model, cache, later[5:])]))
+        outputs.append(
+            torch.cat([feed(model, cache, ids, chunk), feed(model, cache, later[:5], 1), feed(model, cache, later[5:])])
+        )
     assert torch.equal(*outputs)
 
 
@@ -74,7 +78,9 @@ def test_bytes_fall_with_the_budget_and_are_what_the_budget_says(key: str) -> No
     entries = full // build().geometry.bytes_per_token
     rows = build().geometry.num_layers * build().geometry.num_kv_heads
     for budget, size in zip((0.5, 0.25, 0.1), sizes[1:]):
-        per_entry = BYTES_OF_POSITION + (4 if registry()[key].needs_prompt else 0)  # and a float32 score where it goes on
+        per_entry = BYTES_OF_POSITION + (
+            4 if registry()[key].needs_prompt else 0
+        )  # and a float32 score where it goes on
         assert size <= budget * (full + entries * rows * per_entry)
 
 
@@ -119,9 +125,11 @@ def test_generation_after_eviction_is_the_model_under_a_mask(key: str, name: str
     for number, layer in enumerate(layers):
         bias = torch.zeros(()).masked_fill(~attention_mask(held[number], heads, LENGTH + 6), -torch.inf)
         attention = layer.attention if name == "gpt-neox" else layer.self_attn
-        hooks.append(attention.register_forward_pre_hook(
-            lambda module, args, kwargs, bias=bias: (args, {**kwargs, "attention_mask": bias}), with_kwargs=True
-        ))
+        hooks.append(
+            attention.register_forward_pre_hook(
+                lambda module, args, kwargs, bias=bias: (args, {**kwargs, "attention_mask": bias}), with_kwargs=True
+            )
+        )
     try:
         with torch.inference_mode():
             expected = plain(torch.tensor([ids + later]), use_cache=False).logits[0, LENGTH:]
@@ -176,7 +184,10 @@ def test_prompts_no_longer_than_the_window_run_everywhere(key: str) -> None:
 def test_eviction_then_codes_and_codes_then_eviction(key: str) -> None:
     once = f"{key}(budget=40, recompress_every=0)" if key in STEPWISE else f"{key}(budget=40)"
     alone = run(once)
-    for recipe in (f"{once} | kivi(group_size=16, residual_length=16)", f"kivi(group_size=16, residual_length=16) | {once}"):
+    for recipe in (
+        f"{once} | kivi(group_size=16, residual_length=16)",
+        f"kivi(group_size=16, residual_length=16) | {once}",
+    ):
         cache = run(recipe, later=4)
         assert cache.layers[0].store.lengths == [44, 44]
         assert cache.layers[0].store.packed(0) == 28  # 40 - 16 values after the prompt, and one with each token

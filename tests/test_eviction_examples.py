@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.builders import build, cache_for, feed, prompt
 from torch import Tensor
 
+from tests.builders import build, cache_for, feed, prompt
 from workbench.cache.cache import WorkbenchCache
 from workbench.cache.layer import LayerView
 from workbench.cache.segments import Query
@@ -31,7 +31,9 @@ def kept_after(recipe: str, tokens: int) -> list[int]:
     return first
 
 
-def view_of(q: Tensor, k: Tensor, prompt_length: int | None = None, sinks: Tensor | None = None) -> tuple[LayerView, WorkbenchCache]:
+def view_of(
+    q: Tensor, k: Tensor, prompt_length: int | None = None, sinks: Tensor | None = None
+) -> tuple[LayerView, WorkbenchCache]:
     """A layer of a cache into which k [1, H, n, D] came at once with the last queries q [1, Hq, Tq, D]."""
     cache = cache_for(build(), "full", prompt_length or k.shape[2])
     layer = cache.layers[0]
@@ -41,7 +43,18 @@ def view_of(q: Tensor, k: Tensor, prompt_length: int | None = None, sinks: Tenso
 
 @pytest.mark.parametrize(
     "budget, length, count",
-    [(0.25, 100, 25), (0.1, 9, 1), (0.1, 100, 10), (0.3, 10, 3), (0.7, 10, 7), (1.0, 7, 7), (64, 100, 64), (64, 10, 10), (1, 10, 1), (0.29, 100, 29)],
+    [
+        (0.25, 100, 25),
+        (0.1, 9, 1),
+        (0.1, 100, 10),
+        (0.3, 10, 3),
+        (0.7, 10, 7),
+        (1.0, 7, 7),
+        (64, 100, 64),
+        (64, 10, 10),
+        (1, 10, 1),
+        (0.29, 100, 29),
+    ],
 )
 def test_number_kept(budget: float | int, length: int, count: int) -> None:
     assert tokens_kept(budget, length) == count  # 0.29 * 100 is 28.999… in floating point
@@ -95,7 +108,9 @@ def test_snapkv_card_average_pooling_and_the_group(monkeypatch: pytest.MonkeyPat
     votes = torch.tensor([A, B])[None, None, :, None]  # [B, H, G, W, n], and a window of one entry at the end
     view: Any = SimpleNamespace(window_attention=lambda window: F.pad(votes, (0, 1), value=9.0), length=7)
     scores = SnapKV(window=1, kernel=3).score(view)[0, 0]
-    torch.testing.assert_close(scores[:6], torch.tensor([0.13333, 0.16667, 0.15, 0.15, 0.16667, 0.08333]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scores[:6], torch.tensor([0.13333, 0.16667, 0.15, 0.15, 0.16667, 0.08333]), atol=1e-5, rtol=0
+    )
     assert scores[6] == torch.inf
     alone: Any = SimpleNamespace(window_attention=lambda window: F.pad(votes[:, :, :1], (0, 1)), length=7)
     expected = torch.tensor([0.2, 0.2, 0.1, 0.1, 0.13333, 0.03333])

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def python(code: str) -> str:
     path = os.pathsep.join(map(str, [ROOT, ROOT / "kernels", ROOT / "widgets"]))
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -32,7 +32,10 @@ def values_of(cls: type[Strategy]) -> st.SearchStrategy[dict[str, Any]]:
             number = st.integers if isinstance(declared, param.Integer) else st.floats
             choices[name] = number(low, high)
     if cls.key == "kivi":
-        choices["group_size"], choices["residual_length"] = st.sampled_from([16, 32, 64, 128]), st.sampled_from([128, 256])
+        choices["group_size"], choices["residual_length"] = (
+            st.sampled_from([16, 32, 64, 128]),
+            st.sampled_from([128, 256]),
+        )
     return st.fixed_dictionaries({}, optional=choices)
 
 
@@ -56,7 +59,9 @@ def test_the_resolved_text_parses_to_an_equal_recipe(data: st.DataObject) -> Non
 
 
 PIECES = st.sampled_from(
-    "full snapkv kivi adakv h2o ( ) | , = . 1 0.5 budget bits window ** * [ ] { } ' \" : lambda 1e999 -3 None True 2j ~ \\ \n \0 scorer".split(" ")
+    "full snapkv kivi adakv h2o ( ) | , = . 1 0.5 budget bits window ** * [ ] { } ' \" : lambda 1e999 -3 None True 2j ~ \\ \n \0 scorer".split(
+        " "
+    )
 )
 
 
@@ -72,7 +77,15 @@ def test_any_text_is_a_recipe_or_a_recipe_error_of_one_sentence(text: str) -> No
 
 
 LITERALS = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.binary(max_size=3), st.complex_numbers()),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=5),
+        st.binary(max_size=3),
+        st.complex_numbers(),
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.text(max_size=2), inner, max_size=2)),
     max_leaves=3,
 )
@@ -89,12 +102,27 @@ def test_any_value_of_any_parameter_is_taken_or_refused_by_name(data: st.DataObj
         try:
             recipe = Recipe.parse(text)
         except wb.RecipeError as error:
-            assert name in str(error) or "strategy" in str(error) or "characters" in str(error) or "cannot be read" in str(error)
+            assert (
+                name in str(error)
+                or "strategy" in str(error)
+                or "characters" in str(error)
+                or "cannot be read" in str(error)
+            )
         else:
             assert Recipe.parse(recipe.resolved) == recipe
 
 
-@pytest.mark.parametrize("text", ["(" * 1500, "-" * 1900 + "1", "full|" * 380 + "full", "snapkv(budget=" + "9" * 1900 + ")", "[" * 90 + "]" * 90, "snapkv(budget=" + "[" * 90 + "]" * 90 + ")"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 1500,
+        "-" * 1900 + "1",
+        "full|" * 380 + "full",
+        "snapkv(budget=" + "9" * 1900 + ")",
+        "[" * 90 + "]" * 90,
+        "snapkv(budget=" + "[" * 90 + "]" * 90 + ")",
+    ],
+)
 def test_monsters_are_recipes_or_recipe_errors(text: str) -> None:
     try:
         Recipe.parse(text)
@@ -179,7 +207,12 @@ def test_recipes_that_do_the_same_are_equal(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     "one, other",
-    [("full", "snapkv"), ("snapkv(budget=1)", "snapkv(budget=1.0)"), ("snapkv | kivi", "kivi | snapkv"), ("adakv", "adakv(window=31)")],
+    [
+        ("full", "snapkv"),
+        ("snapkv(budget=1)", "snapkv(budget=1.0)"),
+        ("snapkv | kivi", "kivi | snapkv"),
+        ("adakv", "adakv(window=31)"),
+    ],
 )
 def test_recipes_that_do_not_are_not(one: str, other: str) -> None:
     assert Recipe.parse(one) != Recipe.parse(other)
@@ -191,7 +224,16 @@ def test_a_recipe_remembers_its_text_and_a_recipe_is_taken_as_it_is() -> None:
     assert recipe.resolved.startswith("snapkv(budget=0.5, window=32, kernel=5) | kivi(bits=2, ")
 
 
-@pytest.mark.parametrize("text", ["h2o(recompress_every=0) | kivi(bits=4)", "kivi | snapkv", "adakv | kivi", "tova(budget=1.0) | kivi", "snapkv | knorm"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "h2o(recompress_every=0) | kivi(bits=4)",
+        "kivi | snapkv",
+        "adakv | kivi",
+        "tova(budget=1.0) | kivi",
+        "snapkv | knorm",
+    ],
+)
 def test_compositions_that_make_sense_are_taken(text: str) -> None:
     assert len(Recipe.parse(text).parts) == 2
 

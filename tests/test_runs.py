@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import VOCABULARY, build, cache_for, feed, network, prompt
 
 import workbench as wb
+from tests.builders import VOCABULARY, build, cache_for, feed, network, prompt
 from workbench.models.load import Model
 from workbench.runs.compare import Run
 from workbench.runs.decode import Decoder, Sampling
@@ -48,7 +48,9 @@ def spoken() -> Model:
     return Model("test/spoken", network("llama", "workbench"), Words())
 
 
-@pytest.mark.parametrize("name, chunk", [("llama", 2048), ("llama", 40), ("gemma2", 64), ("mistral-sliding", 33), ("gpt-oss", 1000)])
+@pytest.mark.parametrize(
+    "name, chunk", [("llama", 2048), ("llama", 40), ("gemma2", 64), ("mistral-sliding", 33), ("gpt-oss", 1000)]
+)
 def test_reusing_a_read_prompt_gives_exactly_the_same_lanes(name: str, chunk: int) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "chunk": chunk}
     fresh, reused = (wb.compare(build(name), prompt(100), RECIPES, reuse_prompt=r, **options) for r in (False, True))
@@ -56,14 +58,17 @@ def test_reusing_a_read_prompt_gives_exactly_the_same_lanes(name: str, chunk: in
     assert sum(lane.prefill_reused for lane in reused) >= len(RECIPES) - 2
     for a, b in zip(fresh, reused):
         assert a.error is None
-        assert (a.tokens, a.kept_positions, a.packed, a.kl) == (b.tokens, b.kept_positions, b.packed, b.kl), a.recipe
+        assert (a.tokens, a.kept_positions, a.packed) == (b.tokens, b.kept_positions, b.packed), a.recipe
+        assert a.kl == pytest.approx(b.kl, abs=1e-5), a.recipe  # a fork merges two runs of entries: float32 rounding
         assert a.drift == b.drift, a.recipe
         assert a.memory.as_dict() | {"reserved_bytes": 0} == b.memory.as_dict() | {"reserved_bytes": 0}, a.recipe
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_lane_that_changes_nothing_agrees_with_the_reference_entirely(temperature: float) -> None:
-    cmp = wb.compare(build(), prompt(50), ["full", "full", "snapkv(budget=1.0)"], max_new_tokens=8, temperature=temperature, seed=3)
+    cmp = wb.compare(
+        build(), prompt(50), ["full", "full", "snapkv(budget=1.0)"], max_new_tokens=8, temperature=temperature, seed=3
+    )
     for lane in cmp:
         assert lane.kl == [0.0] * 8 and lane.top1_agreement == 1.0 and lane.first_divergence is None
         assert lane.tokens == cmp[0].tokens and lane.memory.ratio == 1.0 and lane.stopped == "length"
@@ -87,7 +92,13 @@ def test_kl_is_teacher_forced_on_the_references_tokens() -> None:
 
 @pytest.mark.parametrize(
     "ours, theirs, first",
-    [([5, 9, 4, 2, 7], [5, 9, 2, 2, 7], 2), ([5, 9], [5, 9], None), ([5], [5, 9], 1), ([5, 9, 1], [5, 9], 2), ([], [3], 0)],
+    [
+        ([5, 9, 4, 2, 7], [5, 9, 2, 2, 7], 2),
+        ([5, 9], [5, 9], None),
+        ([5], [5, 9], 1),
+        ([5, 9, 1], [5, 9], 2),
+        ([], [3], 0),
+    ],
 )
 def test_first_divergence(ours: list[int], theirs: list[int], first: int | None) -> None:
     decoder = Decoder(1, build(), cache_for(build()), Sampling(), wb.Control(), Answer(tokens=ours))
@@ -107,7 +118,9 @@ def test_first_token_prefill_comes_from_the_uncompressed_prompt_and_replayed_doe
     cache = cache_for(model, recipe)
     feed(model, cache, ids)
     with cache.replay(), torch.inference_mode():
-        again = model.network(torch.tensor([ids[-1:]]), position_ids=torch.tensor([[59]]), past_key_values=cache).logits[0, -1]
+        again = model.network(
+            torch.tensor([ids[-1:]]), position_ids=torch.tensor([[59]]), past_key_values=cache
+        ).logits[0, -1]
     assert both[1][1].tokens[0] == again.argmax() and cache.get_seq_length() == 60
     assert cache.layers[0].store.lengths == [4, 4]  # nothing was appended
 
@@ -118,7 +131,8 @@ def test_questions_each_start_from_the_compressed_context(spoken: Model) -> None
         cmp = wb.compare(spoken, prompt(60), ["full", recipe], question=questions, max_new_tokens=6, reuse_prompt=reuse)
         for lane in cmp:
             assert [answer.question for answer in lane.answers] == questions
-            assert lane.answers[0].tokens == lane.answers[2].tokens and lane.answers[0].kl == lane.answers[2].kl
+            assert lane.answers[0].tokens == lane.answers[2].tokens
+            assert lane.answers[0].kl == pytest.approx(lane.answers[2].kl, abs=1e-5)
             for text, answer in zip(questions, lane.answers):
                 alone = wb.compare(spoken, prompt(60), [lane.recipe], question=text, max_new_tokens=6)[0]
                 assert alone.tokens == answer.tokens
@@ -132,7 +146,13 @@ def test_questions_each_start_from_the_compressed_context(spoken: Model) -> None
 def test_events_tell_the_run_in_order() -> None:
     events = list(wb.stream(build(), prompt(50), ["full", "knorm(budget=9)"], max_new_tokens=3, chunk=20))
     assert [(type(e).__name__, e.lane) for e in events if e.lane == 1] == [
-        *[("PrefillProgress", 1)] * 3, ("CacheState", 1), ("Probe", 1), *[("Token", 1)] * 3, ("Probe", 1), ("CacheState", 1), ("LaneDone", 1),
+        *[("PrefillProgress", 1)] * 3,
+        ("CacheState", 1),
+        ("Probe", 1),
+        *[("Token", 1)] * 3,
+        ("Probe", 1),
+        ("CacheState", 1),
+        ("LaneDone", 1),
     ]
     done = [e for e in events if isinstance(e, LaneDone)]
     assert [e.done for e in events if isinstance(e, PrefillProgress)] == [20, 40, 50] * 2
@@ -165,7 +185,9 @@ class Failing(Strategy):
 
 @pytest.mark.parametrize("reference", [0, 1])
 @pytest.mark.parametrize("reuse", [False, True])
-def test_an_error_in_one_lane_leaves_the_others_usable(reference: int, reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_one_lane_leaves_the_others_usable(
+    reference: int, reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(registry(), "failing", Failing)
     recipes = ["full", "failing", "knorm(budget=9)"]
     cmp = wb.compare(build(), prompt(40), recipes, max_new_tokens=4, reference=reference, reuse_prompt=reuse)

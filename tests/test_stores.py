@@ -57,7 +57,12 @@ class Naive:
             if query.padding is not None:
                 visible &= query.padding[b][at.long()]
             part, lse = attention_reference(
-                query.q[b : b + 1, group], self.k[row][None, None], self.v[row][None, None], query.scale, visible, query.softcap
+                query.q[b : b + 1, group],
+                self.k[row][None, None],
+                self.v[row][None, None],
+                query.scale,
+                visible,
+                query.softcap,
             )
             if query.sinks is not None:
                 s = query.sinks[group].view(1, -1, 1)
@@ -97,7 +102,9 @@ def check(store: Store, naive: Naive, exact: bool = True) -> None:
         assert torch.equal(store.all_positions().flatten(0, 1), torch.stack(held.at))
 
 
-STEPS = st.lists(st.tuples(st.sampled_from("append keep ragged clone recode step".split()), st.integers(1, 40)), max_size=9)
+STEPS = st.lists(
+    st.tuples(st.sampled_from("append keep ragged clone recode step".split()), st.integers(1, 40)), max_size=9
+)
 
 
 @settings(deadline=None, max_examples=80)
@@ -126,7 +133,10 @@ def test_store_follows_the_naive_model_through_any_sequence(steps: list, seed: i
                 index = torch.rand(ROWS, lengths[0], generator=generator).topk(m).indices.sort(-1).values
                 kept, argument = list(index), index.unflatten(0, (BATCH, HEADS))
             else:
-                kept = argument = [torch.randperm(n, generator=generator)[: max(1, number - row)].sort().values for row, n in enumerate(lengths)]
+                kept = argument = [
+                    torch.randperm(n, generator=generator)[: max(1, number - row)].sort().values
+                    for row, n in enumerate(lengths)
+                ]
             if store.codec is not None:  # packing again what was decoded moves it once more: compare with what is held
                 naive = decoded(store)
             store.keep(argument)
@@ -198,12 +208,16 @@ def test_a_replayed_query_attends_as_it_did_when_it_was_appended(kind: str, wind
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_of_the_tensors_held(kind: str) -> None:
     store, _ = make(kind)
-    segments = [s for segment in store.segments for s in (segment.rows if isinstance(segment, RaggedSegment) else [segment])]
+    segments = [
+        s for segment in store.segments for s in (segment.rows if isinstance(segment, RaggedSegment) else [segment])
+    ]
     total = 0
     for segment in segments:
-        growing = ["k", "v"] if isinstance(segment, DenseSegment) else [
-            f"{side}_{what}" for side in ("key", "value") for what in ("codes", "scale", "low")
-        ]
+        growing = (
+            ["k", "v"]
+            if isinstance(segment, DenseSegment)
+            else [f"{side}_{what}" for side in ("key", "value") for what in ("codes", "scale", "low")]
+        )
         tensors = [b for name in growing for b in getattr(segment, name).blocks()]
         if isinstance(segment, PackedSegment):
             tensors += [segment.key_residual.view(), segment.value_residual.view()]
@@ -269,7 +283,9 @@ def test_a_run_that_a_query_cannot_see_adds_nothing() -> None:
 @pytest.mark.parametrize("queries, entries", [(1, 1), (1, 9), (5, 5), (5, 12), (300, 700)])
 @pytest.mark.parametrize("causal, window", [(True, None), (True, 3), (False, None)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attend_equals_its_definition(queries: int, entries: int, causal: bool, window: int | None, softcap: float | None) -> None:
+def test_attend_equals_its_definition(
+    queries: int, entries: int, causal: bool, window: int | None, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, queries, 8), torch.randn(1, 2, entries, 8), torch.randn(1, 2, entries, 8)
     own = torch.arange(entries - queries, entries)[:, None]
@@ -288,7 +304,9 @@ def test_attend_equals_its_definition(queries: int, entries: int, causal: bool, 
         weights = logits.masked_fill(~visible, -math.inf).softmax(-1)
         torch.testing.assert_close(sums, weights.sum(2), atol=1e-4, rtol=1e-4)
         sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
-        with_sinks = torch.cat([logits.masked_fill(~visible, -math.inf), sinks.view(1, 4, 1, 1).expand(-1, -1, queries, 1)], -1)
+        with_sinks = torch.cat(
+            [logits.masked_fill(~visible, -math.inf), sinks.view(1, 4, 1, 1).expand(-1, -1, queries, 1)], -1
+        )
         expected_sums = with_sinks.softmax(-1)[..., :-1].sum(2)
         sums = attention_sums(q, k, 0.4, window=window, softcap=softcap, sinks=sinks)
         torch.testing.assert_close(sums, expected_sums, atol=1e-4, rtol=1e-4)

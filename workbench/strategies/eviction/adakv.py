@@ -19,7 +19,7 @@ def scorer_class(name: str) -> type[Eviction]:
     from workbench.strategies.registry import registry, strategy_class
 
     if not isinstance(name, str):
-        raise RecipeError(f"adakv: scorer must be the name of a method in quotes, like \"snapkv\", got {name!r}.")
+        raise RecipeError(f'adakv: scorer must be the name of a method in quotes, like "snapkv", got {name!r}.')
     cls = strategy_class(name)
     if not issubclass(cls, Eviction) or cls is AdaKV or cls.needs_prompt:
         usable = [k for k, c in registry().items() if issubclass(c, Eviction) and c is not AdaKV and not c.needs_prompt]
