@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench_kernels import pack, unpack
+from workbench_kernels import pack, unpack, unpack_float
 
 NO_TRITON = importlib.util.find_spec("triton") is None
 KERNEL = [False, pytest.param(True, marks=pytest.mark.skipif(NO_TRITON, reason="triton is not installed here"))]
@@ -72,3 +72,11 @@ def test_wrong_inputs_are_refused_by_name() -> None:
         pack(codes_of((17,), 2), 2)
     with pytest.raises(ValueError, match="int32 words, got"):
         unpack(codes_of((32,), 2), 2)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_unpacking_to_floats_is_unpacking(bits: int) -> None:
+    words = torch.randint(-(2**31), 2**31 - 1, (3, 5), generator=torch.Generator().manual_seed(bits)).to(torch.int32)
+    floats = unpack_float(words, bits)
+    assert floats.dtype == torch.float32
+    assert torch.equal(floats, unpack(words, bits).float())

@@ -4,6 +4,6 @@ Axes used throughout: B batch, Hq query heads, H KV heads, G = Hq / H, Tq querie
 """
 
 from workbench_kernels.attention import attend, attention_reference, attention_sums, merge_partials
-from workbench_kernels.pack import pack, unpack
+from workbench_kernels.pack import pack, unpack, unpack_float
 
-__all__ = ["attend", "attention_reference", "attention_sums", "merge_partials", "pack", "unpack"]
+__all__ = ["attend", "attention_reference", "attention_sums", "merge_partials", "pack", "unpack", "unpack_float"]

@@ -6,7 +6,10 @@ codes sits at bits ``[bits * j, bits * (j + 1))``.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -20,23 +23,38 @@ BITS = (2, 4, 8)
 
 def pack_reference(codes: Tensor, bits: int) -> Tensor:
     """[..., n] uint8 codes -> [..., n * bits / 32] int32 words."""
-    per_word = 32 // bits
-    runs = codes.unflatten(-1, (-1, per_word)).to(torch.int32)
-    words = torch.zeros(runs.shape[:-1], dtype=torch.int32, device=codes.device)
-    for j in range(per_word):
-        words |= runs[..., j] << (bits * j)
-    return words
+    # Bytes first: every code lies inside one byte, and a word is four bytes, the lowest first.
+    octets = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 8, dtype=torch.uint8, device=codes.device)
+    octets.copy_(codes[..., :: 8 // bits])
+    for j in range(1, 8 // bits):
+        octets |= codes[..., j :: 8 // bits] << (bits * j)
+    return octets.view(torch.int32)
 
 
 def unpack_reference(words: Tensor, bits: int) -> Tensor:
     """[..., m] int32 words -> [..., m * 32 / bits] uint8 codes."""
-    # Bytes first: every code lies inside one byte, and uint8 arithmetic moves a quarter of the memory.
     octets = words.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
     mask = (1 << bits) - 1
     parts = [(octets >> shift) & mask for shift in range(0, 8, bits)]
     return torch.stack(parts, dim=-1).flatten(-2)
+
+
+@cache
+def _table(bits: int) -> Tensor:
+    """float32 [256, 8 / bits]: the codes in every byte."""
+    octets = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 4).contiguous()
+    return unpack_reference(octets.view(torch.int32), bits)[:, : 8 // bits].float()
+
+
+def unpack_float(words: Tensor, bits: int) -> Tensor:
+    """:func:`unpack` in float32: on a CPU by table, one pass over the memory instead of one per code in a byte."""
+    if words.device.type != "cpu":
+        return unpack(words, bits).float()
+    _check_bits(bits)
+    octets = words.contiguous().view(torch.uint8)
+    return octets.float() if bits == 8 else F.embedding(octets.int(), _table(bits)).flatten(-2)
 
 
 if triton is not None:

@@ -50,15 +50,15 @@ export function formatValue(value, unit = "", digits = 3) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
   const short = (x) => {
     const size = Math.abs(x);
-    if (size && (size < 0.001 || size >= 1e6)) return x.toExponential(digits - 2);
-    return String(size >= 10 ** digits ? Math.round(x) : Number(x.toPrecision(digits)));
+    const plain = size >= 10 ** digits ? Math.round(x) : Number(x.toPrecision(digits));
+    return (size && (size < 0.001 || size >= 1e6) ? x.toExponential(digits - 2) : String(plain)).replaceAll("-", "−");
   };
   if (unit === "%") return `${short(100 * value)} %`;
   if (unit === "bytes") {
     const step = clamp(Math.floor(Math.log2(Math.abs(value) || 1) / 10), 0, 3);
     return `${short(value / 1024 ** step)} ${["B", "KiB", "MiB", "GiB"][step]}`;
   }
-  return short(value).replaceAll("-", "−");
+  return short(value);
 }
 
 /** Diagonal lines, the sign for "not here". */
@@ -244,6 +244,7 @@ export function stage(model, el, view) {
   // holds in every host: Panel's toggle changes a style sheet and no attribute, JupyterLab an attribute and then a sheet
   listen(root, "transitionend", redraw);
   listen(root, "transitioncancel", redraw);                        // hidden meanwhile, as JupyterLab's cells are for a moment
+  listen(page.fonts, "loadingdone", redraw);
   const followScale = () => {
     const query = win.matchMedia(`(resolution: ${win.devicePixelRatio}dppx)`);
     const change = () => { redraw(); if (!closed) followScale(); };

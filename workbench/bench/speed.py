@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ RECIPES = (
     "snapkv(budget=0.25) | kivi(bits=2)",
 )
 LENGTHS = (2048, 8192)
-CHUNK = 2048  # the workbench's own reading step, measured for the full recipe as well
 BLOCKS, BLOCK_TOKENS = 4, 8  # decoded a round
 TOLERANCE = 2e-3  # of the logits' standard deviation, float32
 
@@ -71,9 +71,7 @@ def contenders(model: Model, recipes: Sequence[str]) -> list[Contender]:
     found = [Contender(PLAIN, twin, lambda length: DynamicCache(config=twin.config))]
     for text in recipes:
         recipe = Recipe.parse(text)
-        found.append(
-            Contender(text, model.network, lambda length, recipe=recipe: WorkbenchCache(recipe, model.geometry, length))
-        )
+        found.append(Contender(text, model.network, partial(WorkbenchCache, recipe, model.geometry)))
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
-from workbench_kernels import pack, unpack
+from workbench_kernels import pack, unpack_float
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,5 +41,5 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize(words: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Invert :func:`quantize`: [..., g] in ``dtype``; the arithmetic is float32."""
-    codes = unpack(words, bits).float()
+    codes = unpack_float(words, bits)
     return codes.mul_(scale.float()[..., None]).add_(low.float()[..., None]).to(dtype)

@@ -149,13 +149,11 @@ class PackedSegment(UniformSegment):
         return slice(b, b + 1), slice(h, h + 1)
 
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
-        # Blocks end where either side stops being packed, so that no block mixes codes and residual rows. The
-        # queries' own entries were appended last and are all in the final block.
-        last = max(self.packed_keys, self.packed_values)
-        if last == 0 and self._banded(query):
+        if self.packed_keys == self.packed_values == 0 and self._banded(query):
             return self._attend_run(self.keys(0, self.length), self.values(0, self.length), query, need_lse)
-        cuts = {*range(0, last, BLOCK), min(self.packed_keys, self.packed_values), last, self.length, 0}
-        edges = sorted(cuts) if self.length else [0, 0]  # nothing held: one empty block
+        # The queries' own entries were appended last and must all be in the final block.
+        last = self.length - (query.q.shape[2] if query.own else 0)
+        edges = [*range(0, max(last, 1), BLOCK), self.length]
         masked = query.window is not None or query.padding is not None
         positions = self.positions() if masked else None
         parts: list[Partial] = []
