@@ -24,11 +24,12 @@ BITS = (2, 4, 8)
 def pack_reference(codes: Tensor, bits: int) -> Tensor:
     """[..., n] uint8 codes -> [..., n * bits / 32] int32 words."""
     # Bytes first: every code lies inside one byte, and a word is four bytes, the lowest first.
-    octets = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 8, dtype=torch.uint8, device=codes.device)
+    words = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 32, dtype=torch.int32, device=codes.device)
+    octets = words.view(torch.uint8)
     octets.copy_(codes[..., :: 8 // bits])
     for j in range(1, 8 // bits):
         octets |= codes[..., j :: 8 // bits] << (bits * j)
-    return octets.view(torch.int32)
+    return words
 
 
 def unpack_reference(words: Tensor, bits: int) -> Tensor:
