@@ -1,0 +1,12 @@
+"""KV Workbench in the browser: `panel serve apps/`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from workbench_app.page import build
+
+build().servable()

@@ -1,0 +1,1 @@
+"""The app of KV Workbench: views and a controller around `workbench`; everything shown is computed there."""

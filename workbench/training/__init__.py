@@ -1,0 +1,1 @@
+"""What made the house models, and how to make them again."""

@@ -1,0 +1,1 @@
+"""`house/recall`: its text, its tokenizer, its training and its measurements."""
