@@ -60,7 +60,7 @@ def strategies(document: Document, seed: int) -> dict[str, str | Recipe]:
         "full": "full",
         "snapkv(budget=0.5)": "snapkv(budget=0.5)",
         "snapkv(budget=0.25)": "snapkv(budget=0.25)",
-        "snapkv(budget=0.1)": "snapkv(budget=0.1, window=16)",
+        "snapkv(budget=0.1, window=16)": "snapkv(budget=0.1, window=16)",
         "tova(budget=0.25)": "tova(budget=0.25)",
         "streaming_llm(budget=0.25)": "streaming_llm(budget=0.25)",
         "knorm(budget=0.25)": "knorm(budget=0.25)",
