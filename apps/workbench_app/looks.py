@@ -53,12 +53,15 @@ TOKENS = """
 }
 """
 PAGE = "#loader { background: transparent !important; pointer-events: none; }"  # the page is drawn while it loads
-MAIN = TOKENS + ":host { padding: 14px 20px 28px; box-sizing: border-box; max-width: 100%; flex: none !important; height: auto !important; }"
+MAIN = (
+    TOKENS
+    + ":host { padding: 14px 20px 28px; box-sizing: border-box; max-width: 100%; flex: none !important; height: auto !important; max-height: none !important; }"
+)
 MAIN += "@media (max-width: 600px) { :host { padding: 10px 12px 24px; } }"
 LANES = (
     TOKENS
     + """
-:host { display: grid !important; flex: none !important; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); align-items: stretch; }
+:host { display: grid !important; flex: none !important; max-height: none !important; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); align-items: stretch; }
 @media (max-width: 700px) {
   :host { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 92%; overflow-x: auto; scroll-snap-type: x mandatory; padding-bottom: 6px; }
 }
@@ -67,10 +70,13 @@ LANES = (
 CARD = (
     TOKENS
     + """
-:host { border: 1px solid var(--line); border-radius: 8px; padding: 13px 14px 10px; box-sizing: border-box; min-width: 0; height: 100% !important; scroll-snap-align: start; }
+:host { border: 1px solid var(--line); border-radius: 8px; padding: 13px 14px 10px; box-sizing: border-box; min-width: 0; height: auto !important; max-height: none !important; align-self: stretch !important; scroll-snap-align: start; }
 """
 )
-FORM = TOKENS + ":host { margin-top: 10px !important; padding-top: 6px; border-top: 1px solid var(--line); }"
+FORM = (
+    TOKENS
+    + ":host { flex: none !important; margin-top: 10px !important; padding-top: 6px; border-top: 1px solid var(--line); }"
+)
 FORM_ROW = ":host { align-items: center; flex-wrap: nowrap; gap: 0; }"
 BAR = ":host { align-items: end; gap: 6px 14px; flex-wrap: wrap; }"
 HEADER = (
@@ -78,7 +84,7 @@ HEADER = (
 )
 DRAWER = TOKENS + ":host { padding: 4px 16px 24px; box-sizing: border-box; }"
 PAIRS = ":host { display: grid !important; grid-template-columns: 1fr 1fr; gap: 10px; align-items: center; }"
-SECTION = TOKENS + ":host { margin-top: 26px !important; flex: none !important; }"
+SECTION = TOKENS + ":host { margin-top: 26px !important; flex: none !important; max-height: none !important; }"
 HEADS = """
 :host { display: grid !important; gap: 18px; grid-template-columns: minmax(250px, 5fr) minmax(0, 11fr); align-items: start; }
 @media (max-width: 1000px) { :host { grid-template-columns: minmax(0, 1fr); } }
