@@ -18,8 +18,9 @@ def warm() -> None:
     """Import the heavy libraries and put the house model on the shelf; a page that comes first just waits for it."""
     try:
         from workbench.errors import WorkbenchError
-        from workbench_app.page import MODEL, shelf
+        from workbench_app.frame import MODEL, app_class, shelf
 
+        app_class()
         try:
             shelf().get(MODEL)
         except WorkbenchError as error:

@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from workbench_app.page import build
+from workbench_app.frame import build
 
 build().servable()

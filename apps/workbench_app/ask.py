@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from workbench.runs.lane import Lane, LaneMemory
 
 
+DEFAULT_LANES = ("full", "snapkv(budget=0.25)", "kivi(bits=2)")
+
+
 @dataclass(frozen=True)
 class Ask:
     """Everything but the recipe that a result depends on: equal asks and recipes give equal results."""

@@ -11,7 +11,8 @@ import panel_material_ui as pmui
 
 import workbench as wb
 from workbench.evaluation.tasks import Example, examples, needle
-from workbench_app import recipes
+from workbench.training.recall import facts
+from workbench_app import formats, recipes
 from workbench_app.looks import DRAWER, PAIRS, TEXT
 from workbench_app.session import Change, Session
 
@@ -30,7 +31,6 @@ class Drawer(pn.viewable.Viewer):
     def __init__(self, session: Session, run: Callable[[], None]) -> None:
         super().__init__()
         self._session, self._run = session, run
-        self.example: Example | None = None
         self._examples: dict[str, Example] = {}
         self._filling = False
         house = [model["name"] for model in wb.models()]
@@ -47,6 +47,8 @@ class Drawer(pn.viewable.Viewer):
         self.length = pmui.IntInput(label="tokens", value=500, start=96, end=100_000, step=100, **NARROW)
         self.depth = pmui.FloatInput(label="depth", value=0.4, start=0.0, end=1.0, step=0.1, **NARROW)
         self.needle_seed = pmui.IntInput(label="seed", value=0, start=0, end=9999, **NARROW)
+        kinds = {"any": "", **{a.name: a.name for a in (*facts.SHORT, *facts.LONG)}}
+        self.kind = pmui.Select(label="what is asked", options=kinds, value="", **NARROW)
         self.make = pmui.Button(
             label="Make",
             variant="outlined",
@@ -78,7 +80,7 @@ class Drawer(pn.viewable.Viewer):
             heading("Model"), self.model, self.model_line,
             heading("Prompt"), self.pick,
             pn.pane.HTML('<p class="quiet" style="font-size:12.5px">or hide a needle</p>', stylesheets=[TEXT], margin=(4, 0, 6, 0)),
-            pn.Column(self.length, self.depth, self.needle_seed, self.make, stylesheets=[PAIRS], margin=0, sizing_mode="stretch_width"),
+            pn.Column(self.kind, self.length, self.depth, self.needle_seed, self.make, stylesheets=[PAIRS], margin=0, sizing_mode="stretch_width"),
             self.trouble, self.prompt, self.question, self.aware, self.about,
             heading("Sampling"),
             pn.Column(self.tokens, self.temperature, self.seed, stylesheets=[PAIRS], margin=(6, 0), sizing_mode="stretch_width"),
@@ -110,7 +112,7 @@ class Drawer(pn.viewable.Viewer):
         model = self._session.model
         if model is None:
             return
-        self._examples = {f"{e.title} ({e.tokens:,} tokens)": e for e in examples(model)}
+        self._examples = {f"{e.title} ({e.tokens:,} tokens)": e for e in ready(model)}
         with_own = [*self._examples, OWN]
         self.pick.options = with_own
         if not self._session.draft.prompt.strip() and self._examples:
@@ -134,7 +136,7 @@ class Drawer(pn.viewable.Viewer):
         if model is None:
             return
         try:
-            made = needle(model, self.length.value, self.depth.value, self.needle_seed.value)
+            made = needle(model, self.length.value, self.depth.value, self.needle_seed.value, self.kind.value or None)
         except wb.WorkbenchError as error:
             self._session.prompt_error = str(error)
             self._say()
@@ -145,18 +147,15 @@ class Drawer(pn.viewable.Viewer):
 
     def _fill(self, example: Example) -> None:
         self._filling = True
-        self.example = example
         self.prompt.value, self.question.value = example.context, example.question
         self._filling = False
         self._session.prompt_error = None
-        evidence = [position for start, end in example.evidence for position in range(start, end)]
-        self._session.ask_for(evidence, prompt=example.context, question=example.question)
+        self._session.ask_example(example)
 
     def _typed(self) -> None:
         if self._filling:
             return
-        self.example = None
-        self._session.ask_for((), prompt=self.prompt.value, question=self.question.value)
+        self._session.ask_for(prompt=self.prompt.value, question=self.question.value)
         self._filling, self.pick.value, self._filling = True, OWN, False
 
     def _set(self, **changes: Any) -> None:
@@ -200,14 +199,31 @@ class Drawer(pn.viewable.Viewer):
             else "The context is compressed first, then the question is fed (query-agnostic)."
         )
         answer = ""
-        if self.example is not None and self.example.answer:
-            answer = f'<br>Expected: <span class="chip">{escape(self.example.answer)}</span>'
+        if session.draft_example is not None and session.draft_example.answer:
+            answer = (
+                f'<br>Expected: <span class="chip">{escape(formats.quoted(session.draft_example.answer, 40))}</span>'
+            )
         self.about.object = f'<p class="quiet" style="font-size:12.5px">{how}{answer}</p>'
         self._first_about.object = '<p class="quiet" style="font-size:12.5px">' + (
             "The last prompt token is asked again, of the compressed cache."
             if session.draft.first_token == "replayed"
             else "It comes from uncompressed attention, as in the papers; short answers then hide every loss."
         ) + "</p>"  # fmt: skip
+
+
+# Chosen by running it: with the house model the lanes of a new session truly differ here.
+OPENING: dict[str, Any] = {"length_tokens": 500, "depth": 0.4, "seed": 2, "kind": "colour"}
+
+
+def ready(model: wb.Model) -> list[Example]:
+    """The ready examples for a model, the one a session opens with first."""
+    try:
+        made = examples(model)
+        if made:
+            made.insert(0, needle(model, **OPENING))
+    except wb.WorkbenchError:  # this model's tokenizer cannot tell where the evidence is
+        return []
+    return [example for example in made if example.tokens < model.geometry.max_positions]
 
 
 def library() -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, Range1d
 from bokeh.plotting import figure
 
 from workbench_app import formats
-from workbench_app.session import Session
+
+if TYPE_CHECKING:
+    from workbench_app.session import Session
 
 FLOOR, TOP = 1e-6, 30.0  # nats; smaller values are drawn on the floor, and the tooltip says what they are
 
@@ -45,6 +47,7 @@ class KLChart:
             axis.axis_line_alpha = axis.major_tick_line_alpha = 0.4
         self._hover = HoverTool(tooltips=[("lane", "@name"), ("token", "@x “@text”"), ("KL", "@kl nats")], renderers=[])
         plot.add_tools(self._hover)
+        plot.line([], [])  # Bokeh warns about a plot without lines
         self._lines: dict[int, dict[str, Any]] = {}
         self._drawn: dict[int, Any] = {}
 

@@ -95,7 +95,7 @@ function render({ model, el }) {
       if (node.firstChild.textContent !== text) node.firstChild.textContent = text;
       node.className = `token ${mark}${i === shown.picked ? " picked" : ""}${i === cursor ? " cursor" : ""}`;
       const height = kl === null ? 0 : barHeight(kl);
-      node.lastChild.style.height = `${0.12 * height}px`;
+      node.lastChild.style.height = `${0.08 * height}px`;
       if (node.title !== words) node.title = words;
       set(node, "aria-label", words);
       set(node, "aria-selected", i === shown.picked);

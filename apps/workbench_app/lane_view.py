@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import panel as pn
-import param
 
 from workbench.errors import WorkbenchError
+from workbench.evaluation.tasks import Example
 from workbench.strategies.recipe import Recipe
 from workbench_app import formats, recipes
 from workbench_app.ask import LaneState
-from workbench_app.component import Component
+from workbench_app.elements import LaneView
 from workbench_app.forms import RecipeForm
 from workbench_app.looks import CARD
 from workbench_app.session import MOST_LANES, Session
 
-HERE = Path(__file__).parent
 ORDER = ("keys", "values", "codes", "scales", "window", "positions", "scores")
 STOPPED = {"length": "stopped at the length asked for", "eos": "ended by itself", "cancelled": "stopped"}
-
-
-class LaneView(Component):
-    """The part of a card that is drawn by `lane_view.js`."""
-
-    _esm = HERE / "lane_view.js"
-    _stylesheets = [HERE / "lane_view.css"]
-
-    shown = param.Dict({}, doc="what is on show: see `lane_data`")
-    chosen = param.Dict({}, doc='an action or a token: {"n": …, "action": "duplicate"}')
 
 
 def said(lane: LaneState) -> str:
@@ -148,25 +136,26 @@ def meter_data(lane: LaneState, reference: LaneState, full_scale: float, prompt_
     }
 
 
-def facts(lane: LaneState, is_reference: bool) -> list[str]:
+def facts(lane: LaneState, is_reference: bool, example: Example | None = None) -> list[str]:
     """A line of numbers under the output."""
     result = lane.result
     if result is None:
         return []
     seconds = result.seconds
-    out = [
+    right = example.is_answered_by(result.text) if example is not None else None
+    out = [] if right is None else ["✓ the expected answer" if right else "✗ not the expected answer"]
+    if not is_reference and result.kl_mean is not None:
+        out.append(f"KL {formats.nats(result.kl_mean)} nats a token")
+    if not is_reference and result.top1_agreement is not None:
+        out.append(f"{formats.percent(result.top1_agreement)} same choice")
+    reused = " (reused)" if result.prefill_reused else ""
+    out += [
         f"{formats.seconds_text(seconds['decode'])} decoding",
-        f"prompt {formats.seconds_text(seconds['prefill'])}" + (" (reused)" if result.prefill_reused else ""),
+        f"prompt {formats.seconds_text(seconds['prefill'])}{reused}",
     ]
     if not is_reference:
-        if result.kl_mean is not None:
-            out.insert(0, f"KL {formats.nats(result.kl_mean)} nats a token")
-        if result.top1_agreement is not None:
-            out.insert(1, f"{formats.percent(result.top1_agreement)} same choice")
-        if result.answers[0].question is not None:
-            out.append("question asked after compression")
-        else:
-            out.append(f"first token {result.first_token}")
+        later = result.answers[0].question is not None
+        out.append("question asked after compression" if later else f"first token {result.first_token}")
     return out
 
 
@@ -202,7 +191,7 @@ def lane_data(session: Session, lane: LaneState, picked: int | None) -> dict[str
         "picked": picked,
         "stale": stale,
         "hint": hints.get(lane.status, "…" if lane.busy else "Nothing was generated."),
-        "facts": facts(lane, is_reference),
+        "facts": facts(lane, is_reference, session.example if not lane.stale else None),
         "meter": meter_data(lane, reference, scale, len(session.texts)),
         "disabled": [
             *(["left"] if place == 0 else []),

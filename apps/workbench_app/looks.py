@@ -63,14 +63,15 @@ LANES = (
     + """
 :host { display: grid !important; flex: none !important; max-height: none !important; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); align-items: stretch; }
 @media (max-width: 700px) {
-  :host { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 92%; overflow-x: auto; scroll-snap-type: x mandatory; padding-bottom: 6px; }
+  :host { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 92%; overflow-x: auto; scroll-snap-type: x mandatory; padding-bottom: 6px; align-items: start; }
 }
 """
 )
 CARD = (
     TOKENS
     + """
-:host { border: 1px solid var(--line); border-radius: 8px; padding: 13px 14px 10px; box-sizing: border-box; min-width: 0; height: auto !important; max-height: none !important; align-self: stretch !important; scroll-snap-align: start; }
+@media (min-width: 701px) { :host { align-self: stretch !important; } }
+:host { border: 1px solid var(--line); border-radius: 8px; padding: 13px 14px 10px; box-sizing: border-box; min-width: 0; height: auto !important; max-height: none !important; scroll-snap-align: start; }
 """
 )
 FORM = (
@@ -93,7 +94,7 @@ TEXT = (
     TOKENS
     + """
 h1, h2, h3, p, ul { margin: 0; }
-h1 { font-size: 17px; font-weight: 650; letter-spacing: -0.1px; white-space: nowrap; }
+h1 { line-height: 32px; font-size: 17px; font-weight: 650; letter-spacing: -0.1px; white-space: nowrap; }
 @media (max-width: 480px) { h1 { font-size: 14.5px; } .lead { font-size: 15.5px; } .roomy { display: none; } }
 h2 { font-size: 15px; font-weight: 650; }
 h2 small { font-weight: 400; color: var(--quiet); font-size: 13px; margin-left: 8px; }
@@ -112,6 +113,8 @@ pre { margin: 0; padding: 12px; border: 1px solid var(--line); border-radius: 6p
 .legend li { display: inline-flex; align-items: center; gap: 6px; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 12px; margin: 0; font-size: 12.5px; }
 dt { color: var(--quiet); } dd { margin: 0; }
+.waiting { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); margin-top: 66px; }
+.waiting div { height: 430px; border: 1px solid var(--line); border-radius: 8px; background: linear-gradient(var(--wash), transparent); }
 details { font-size: 12.5px; margin-top: 2px; } summary { cursor: pointer; color: var(--quiet); width: fit-content; }
 summary:focus-visible { outline: 2px solid var(--panel-primary-color, #1976d2); outline-offset: 2px; }
 .scroll { max-height: 260px; overflow: auto; margin-top: 6px; }

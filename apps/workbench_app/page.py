@@ -1,45 +1,30 @@
-"""The page: header, drawer, lanes, differences, heads. One `App` per browser tab."""
+"""What fills the frame: header, drawer, lanes, differences, heads. One `App` per browser tab."""
 
 from __future__ import annotations
 
-import logging
 from html import escape
 from typing import Any
 
 import panel as pn
 import panel_material_ui as pmui
-from tornado.iostream import StreamClosedError
-from tornado.websocket import WebSocketClosedError
 
 from workbench_app import summary
-from workbench_app.ask import Ask
+from workbench_app.ask import DEFAULT_LANES, Ask
 from workbench_app.drawer import Drawer
+from workbench_app.elements import Keys
+from workbench_app.frame import FILLED, MODEL, Frame, section, shelf
 from workbench_app.heads import Heads
-from workbench_app.keys import Keys
-from workbench_app.kl_chart import KLChart
 from workbench_app.lane_view import LaneCard
-from workbench_app.looks import BAR, HEADER, LANES, MAIN, PAGE, SECTION, TEXT, THEME
-from workbench_app.runner import Shelf
-from workbench_app.session import DEFAULT_LANES, Change, Session
+from workbench_app.looks import BAR, LANES, TEXT
+from workbench_app.session import Change, Session
 from workbench_app.state import UIState
-
-# The bar of a page restyles its buttons; the one that matters most stays filled.
-FILLED = {
-    "&.MuiButton-root": {"backgroundColor": "var(--panel-primary-color)", "color": "var(--panel-on-primary-color)"},
-    "&.Mui-disabled": {"opacity": 0.45},
-}
-TITLE, MODEL = "KV Workbench", "house/recall"
-
-
-def shelf() -> Shelf:
-    """The models in memory, shared by all tabs of this server."""
-    return pn.state.cache.setdefault("workbench models", Shelf())
 
 
 class App:
     """One tab: builds the page, and brings it up to date when the session says that something changed."""
 
-    def __init__(self, model: str = MODEL, lanes: tuple[str, ...] = DEFAULT_LANES) -> None:
+    def __init__(self, frame: Frame, model: str = MODEL, lanes: tuple[str, ...] = DEFAULT_LANES) -> None:
+        self.frame = frame
         self.document = pn.state.curdoc
         self._begun = False
         self.session = session = Session(shelf(), self.document, Ask(model=model))
@@ -47,7 +32,6 @@ class App:
         self.drawer = Drawer(session, self.run)
         self.state = UIState()
         self.heads = Heads(session, self.state)
-        self.chart = KLChart()
         self._build()
         session.watchers.append(self._heard)
         self.state.param.watch(self._turned, ["lane", "query"])
@@ -65,7 +49,7 @@ class App:
     def _fit(self) -> None:
         """Put the drawer behind its button where the window is narrow."""
         if self._begun and self.keys.window:
-            self.page.sidebar_open = not self.keys.window["narrow"]
+            self.frame.page.sidebar_open = not self.keys.window["narrow"]
 
     def _loaded(self) -> None:
         self.drawer.offer_examples()
@@ -110,8 +94,6 @@ class App:
         self.keys.param.watch(self._pressed, "pressed")
         self.keys.param.watch(lambda event: self._fit(), "window")
         self.lanes_row = pn.Column(stylesheets=[LANES], sizing_mode="stretch_width", margin=(14, 0, 0, 0))
-        self.kl_table = pn.pane.HTML("", **text)
-        self.legend = pn.pane.HTML("", **{**text, "margin": (6, 0, 0, 0)})
         self.status = pn.pane.HTML("", stylesheets=[TEXT], margin=0)
         self.code_texts = [pn.pane.HTML("", **text), pn.pane.HTML("", **text)]
         self.code_dialog = pmui.Dialog(
@@ -124,44 +106,17 @@ class App:
             width_option="md",
         )
 
-        def section(title: str, about: str, *objects: Any) -> Any:
-            head = pn.pane.HTML(f"<h2>{title}<small>{about}</small></h2>", **text)
-            return pn.Column(head, *objects, stylesheets=[SECTION], sizing_mode="stretch_width", margin=0)
-
         bar = pn.Row(self.add_button, self.undo_button, self.redo_button, self.code_button, stylesheets=[BAR], margin=0)
-        chart = pn.pane.Bokeh(self.chart.figure, sizing_mode="stretch_width", height=190, margin=(4, 0, 0, 0))
-        self.main = pn.Column(
+        self.frame.header[1:] = [self.run_button, self.stop_button, self.status]
+        self.frame.drawer[:] = [self.drawer]
+        self.frame.main[:] = [
             self.keys, self.lead, self.why, self.why_button, self.lanes_row,
             pn.Row(bar, margin=(12, 0, 0, 0)),
-            section("Difference from the reference", "teacher-forced, per token; ▼ first different token", self.legend, chart, self.kl_table),
-            section("What each head keeps", "after the prompt; pick a head to see its tokens", self.heads),
             self.code_dialog,
-            stylesheets=[MAIN], sizing_mode="stretch_width", margin=0,
-        )  # fmt: skip
-        title = pn.pane.HTML(f"<h1>{TITLE}</h1>", stylesheets=[TEXT], margin=0)
-        self.page = pmui.Page(
-            title="",
-            meta_title=TITLE,
-            header=[
-                pn.Row(
-                    title,
-                    self.run_button,
-                    self.stop_button,
-                    self.status,
-                    stylesheets=[HEADER],
-                    margin=0,
-                    sizing_mode="stretch_width",
-                )
-            ],
-            sidebar=[self.drawer],
-            sidebar_open=not _on_a_phone(),
-            main=[self.main],
-            sidebar_width=304,
-            sidebar_resizable=False,
-            busy_indicator=None,
-            theme_config=THEME,
-            raw_css=[PAGE],
-        )
+        ]  # fmt: skip
+        self.frame.below[:] = [
+            section("What each head keeps", "after the prompt; pick a head to see its tokens", self.heads)
+        ]
 
     def _heard(self, change: Change) -> None:
         with pn.io.hold(self.document) if self.document is not None else pn.io.hold():
@@ -177,10 +132,10 @@ class App:
             touched = set(self.cards)  # every lane is marked against it
         for key in touched & self.cards.keys():
             self.cards[key].refresh(self._picked(key))
-        self.chart.refresh(session)
-        self.legend.object = summary.legend(session)
+        self.frame.chart.refresh(session)
+        self.frame.legend.object = summary.legend(session)
         if not session.busy:
-            self.kl_table.object = summary.kl_table(session)
+            self.frame.table.object = summary.kl_table(session)
         self._turn_to_the_break()
         self.heads.refresh()
         self._say()
@@ -277,21 +232,3 @@ class App:
         ):
             pane.object = f"<p>{title}</p><pre>{escape(code)}</pre>"
         self.code_dialog.open = True
-
-
-def gone(record: logging.LogRecord) -> bool:
-    """Keeps out of the log that a tab was closed while something was on its way to it."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, WebSocketClosedError | StreamClosedError)
-
-
-def _on_a_phone() -> bool:
-    """A guess by what the browser says of itself, so that the drawer does not flash; the window's width decides."""
-    return "Mobi" in (pn.state.headers or {}).get("User-Agent", "")
-
-
-def build(model: str = MODEL, lanes: tuple[str, ...] = DEFAULT_LANES) -> pmui.Page:
-    """The page of a new tab."""
-    pn.extension("tabulator", notifications=False)
-    logging.getLogger("asyncio").addFilter(gone)
-    return App(model, lanes).page

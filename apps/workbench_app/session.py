@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import workbench as wb
+from workbench.evaluation.tasks import Example
 from workbench.strategies.recipe import Recipe
 from workbench_app.ask import Ask, LaneState
 from workbench_app.history import History, Layout
@@ -18,7 +19,6 @@ from workbench_app.lane_work import Failed, LaneWork, Said, Task, Told
 from workbench_app.runner import Job, Mailbox, Runner, Shelf
 
 LOG = logging.getLogger("workbench.app")
-DEFAULT_LANES = ("full", "snapkv(budget=0.25)", "kivi(bits=2)")
 MOST_LANES = 8
 
 
@@ -37,8 +37,8 @@ class Session:
         self.shelf = shelf
         self.ask = ask or Ask()  # what the lanes on show were asked
         self.draft = self.ask  # what they will be asked by the next `run()`
-        self.evidence: tuple[int, ...] = ()  # prompt tokens that hold the answer, where it is known
-        self.draft_evidence: tuple[int, ...] = ()
+        self.example: Example | None = None  # where the prompt came from, if its answer is known
+        self.draft_example: Example | None = None
         self.lanes: list[LaneState] = []
         self.model: wb.Model | None = None
         self.model_state = "loading"  # loading, ready, error; a session begins by loading its model
@@ -93,16 +93,24 @@ class Session:
         self.runner.submit(Job("model", lambda control: self._load(name)))
         self._tell(topics={"model", "notice"})
 
-    def ask_for(self, evidence: Iterable[int] | None = None, **changes: Any) -> None:
-        """Change the prompt, the question or the sampling; takes effect with the next :meth:`run` of all lanes.
-
-        Args:
-            evidence: tokens of the new prompt that hold the answer; left as it is when not given.
-        """
+    def ask_for(self, **changes: Any) -> None:
+        """Change the prompt, the question or the sampling; takes effect with the next :meth:`run` of all lanes."""
         self.draft = replace(self.draft, **changes)
-        if evidence is not None:
-            self.draft_evidence = tuple(evidence)
+        if "prompt" in changes or "question" in changes:
+            self.draft_example = None
         self._tell(topics={"prompt"})
+
+    def ask_example(self, example: Example) -> None:
+        """Ask a ready example, whose answer and evidence are known."""
+        self.ask_for(prompt=example.context, question=example.question)
+        self.draft_example = example
+        self._tell(topics={"prompt"})
+
+    @property
+    def evidence(self) -> tuple[int, ...]:
+        """The prompt's tokens that hold the answer, where it is known."""
+        spans = self.example.evidence if self.example is not None else ()
+        return tuple(position for start, end in spans for position in range(start, end))
 
     @property
     def changed(self) -> bool:
@@ -129,7 +137,7 @@ class Session:
             if not self._prompt_is_good(self.draft):
                 self._tell(topics={"prompt", "notice"})
                 return
-            self.ask, self.evidence = self.draft, self.draft_evidence
+            self.ask, self.example = self.draft, self.draft_example
         wanted = {lane.key for lane in self.lanes} if keys is None else set(keys)
         if reference.key in wanted:
             wanted = {lane.key for lane in self.lanes}

@@ -13,6 +13,11 @@ def _answer(lane: LaneState) -> str:
     return lane.result.text if lane.result is not None else "".join(lane.texts)
 
 
+def _first_line(lane: LaneState) -> str:
+    lines = _answer(lane).strip().splitlines()
+    return lines[0] if lines else ""
+
+
 def lane_sentence(session: Session, lane: LaneState) -> str:
     """One lane against the reference, as HTML."""
     reference, result = session.lanes[0], lane.result
@@ -28,7 +33,9 @@ def lane_sentence(session: Session, lane: LaneState) -> str:
         return f"{said}; {size}." if size else f"{said}."
     if at is None:
         return f"<b>{name}</b> gave no answer."
-    ours, theirs = _answer(lane), _answer(reference)
+    ours, theirs = _first_line(lane), _first_line(reference)
+    if ours == theirs:
+        ours, theirs = _answer(lane), _answer(reference)
     if len(ours) > 60 or len(theirs) > 60:
         ours, theirs = _around(lane, at), _around(reference, at)
     verb = f"says <b>{escape(formats.quoted(ours))}</b> where {full} says <b>{escape(formats.quoted(theirs))}</b>"

@@ -43,9 +43,9 @@ def write_model(folder: Path) -> Path:
 
 def session_for(model: Path | str, **ask: Any) -> Any:
     """A session with the three default lanes; nothing runs yet."""
-    from workbench_app.ask import Ask
+    from workbench_app.ask import DEFAULT_LANES, Ask
     from workbench_app.runner import Shelf
-    from workbench_app.session import DEFAULT_LANES, Session
+    from workbench_app.session import Session
 
     options = {"prompt": CONTEXT, "question": QUESTION, "max_new_tokens": 6, **ask}
     session = Session(Shelf(), None, Ask(model=str(model), **options))

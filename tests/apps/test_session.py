@@ -167,6 +167,25 @@ def test_the_question_may_be_part_of_the_prompt(session: Any) -> None:
     assert session.lanes[1].result.answers[0].question is None
 
 
+def test_an_example_knows_its_answer_and_where_it_stands(session: Any) -> None:
+    from workbench.evaluation.tasks import needle
+    from workbench_app.lane_view import lane_data
+
+    example = needle(session.model, 300, 0.5, 1, "colour")
+    session.ask_example(example)
+    assert session.evidence == ()  # not run yet
+    session.run()
+    settle(session)
+    held = "".join(session.texts[position] for position in session.evidence)
+    assert example.answer.split()[0] in held
+    session.lanes[1].result.answers[0].text = f" {example.answer}"
+    said = [lane_data(session, lane, None)["facts"][0] for lane in session.lanes]
+    assert said == ["✗ not the expected answer", "✓ the expected answer", "✗ not the expected answer"]
+    session.ask_for(prompt=CONTEXT)
+    session.run()
+    assert session.evidence == () and session.example is None
+
+
 def test_a_missing_model_is_one_sentence_and_the_old_one_stays(session: Any) -> None:
     name = session.ask.model
     session.load("./no/such/model", session.run)

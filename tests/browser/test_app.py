@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def address(serve: Callable[..., str], model: str) -> str:
-    from workbench_app.page import build
+    from workbench_app.frame import build
 
     return serve(lambda: build(model=model))
 
