@@ -167,6 +167,7 @@ class RecipeForm(pn.viewable.Viewer):
 
     def _field(self, number: int, field: recipes.Field) -> Any:
         widget, told = control(field, self._prompt_tokens)
+        widget._debounce = 1  # ms; Panel waits 50 before it says that a slider was let go
         widget.param.watch(lambda event: self._set_field(number, field.name, event.new), told)
         self.controls[number, field.name] = widget
         if field.kind != "budget":

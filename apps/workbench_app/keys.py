@@ -17,6 +17,7 @@ class Keys(Component):
     pressed = param.Dict({}, doc='{"n": …, "key": "Escape" | "undo" | "redo" | "run"}')
     copied = param.Dict({}, doc='text for the clipboard: {"n": …, "text": …}')
     window = param.Dict({}, doc='{"narrow": bool}, as soon as it is known and when it changes')
+    drawn = param.Boolean(False, doc="the page's controls are all on the screen")
     limit = param.Integer(NARROW, doc="the width below which a window is narrow")
 
     def copy(self, text: str) -> None:
@@ -53,7 +54,31 @@ function render({ model }) {
   query.addEventListener("change", measure);
   model.on("change:copied", copy);
   measure();
+
+  // A control of panel-material-ui misses what it is told between its first drawing and its mounting. So Python hears
+  // when no more controls come: their number has not changed for a while in which the browser had time.
+  const controls = (root, seen = [0, 0]) => {
+    for (const node of root.querySelectorAll("*")) {
+      if (!node.shadowRoot) continue;
+      if (/ReactComponent/.test(node.className)) {
+        seen[0]++;
+        if ([...node.shadowRoot.children].some((child) => child.childElementCount)) seen[1]++;
+      }
+      controls(node.shadowRoot, seen);
+    }
+    return seen;
+  };
+  let [before, calm] = ["", 0];
+  const watch = window.setInterval(() => {
+    const now = String(controls(document));
+    calm = now === before ? calm + 1 : 0;
+    before = now;
+    if (calm < 4) return;
+    window.clearInterval(watch);
+    tell("drawn", true);
+  }, 60);
   return () => {
+    window.clearInterval(watch);
     window.removeEventListener("keydown", hear);
     query.removeEventListener("change", measure);
     model.off("change:copied", copy);

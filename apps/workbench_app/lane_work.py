@@ -16,6 +16,7 @@ from workbench.runs.events import AnyEvent, CacheState, LaneDone, PrefillProgres
 from workbench.runs.lane import Lane, LaneMemory
 from workbench.strategies.recipe import Recipe
 from workbench_app.ask import Ask, LaneState
+from workbench_app.runner import Urgency
 
 if TYPE_CHECKING:
     from workbench.runs.prompt import Snapshot
@@ -115,7 +116,7 @@ class Context:
 class LaneWork:
     """Runs lanes on the worker thread, keeping the prompt's snapshot and the reference's trace for the next."""
 
-    def __init__(self, post: Callable[[Any, bool], None]) -> None:
+    def __init__(self, post: Callable[[Any, Urgency], None]) -> None:
         self._post = post
         self._contexts: OrderedDict[tuple[Ask, str], Context] = OrderedDict()
         self._snapshots: OrderedDict[tuple[str, str], Snapshot] = OrderedDict()
@@ -137,11 +138,11 @@ class LaneWork:
         try:
             self._run(task, control)
         except wb.WorkbenchError as error:
-            self._post(Failed(task.lane, task.run, str(error)), True)
+            self._post(Failed(task.lane, task.run, str(error)), Urgency.NOW)
         except Exception as error:
             LOG.exception("lane %s failed", task.recipe.text)
             sentence = f"Something failed inside {_module(error)}; the server's log has the details."
-            self._post(Failed(task.lane, task.run, sentence), True)
+            self._post(Failed(task.lane, task.run, sentence), Urgency.NOW)
 
     def _run(self, task: Task, control: Control) -> None:
         """Where the reference's trace was dropped since, the reference runs first, unseen."""
@@ -175,24 +176,24 @@ class LaneWork:
             if isinstance(event, LaneDone):
                 self._keep_trace(context, run)
             said = Said(task.lane, task.run, ask, base.resolved, event, memory)
-            self._post(said, _urgent(event))
+            self._post(said, _urgency(event))
         if not self.texts(ask):
             self._texts[place] = model.token_text(run.prompt)
             while len(self._texts) > 4:
                 self._texts.popitem(last=False)
-            self._post(Told("texts"), True)
+            self._post(Told("texts"), Urgency.NOW)
         if control.cancelled or is_reference or run.lanes[own].first_divergence is None:
             return
         why = run.comparison().why(own)
         if why is not None:
-            self._post(Said(task.lane, task.run, ask, base.resolved, why), True)
+            self._post(Said(task.lane, task.run, ask, base.resolved, why), Urgency.NOW)
 
     def explain(self, ask: Ask, base: str, result: Lane, lane: int, number: int, token: int) -> None:
         """What the reference read for a token of a finished lane, and the lane lost."""
         trace = self.trace(ask, base)
         why = explain(trace, result, token) if trace is not None else None
         if why is not None:
-            self._post(Said(lane, number, ask, base, why), True)
+            self._post(Said(lane, number, ask, base, why), Urgency.NOW)
 
     def _keep_snapshot(self, place: tuple[str, str], snapshot: Snapshot) -> None:
         """A snapshot holds a full cache: only the newest two prompts keep theirs."""
@@ -207,9 +208,12 @@ class LaneWork:
             context.trace = run.trace
 
 
-def _urgent(event: AnyEvent) -> bool:
-    """Whether the page should hear at once: the first token, the end, and what changes the memory meter."""
-    return (isinstance(event, Token) and event.index == 0) or isinstance(event, LaneDone | Queued)
+def _urgency(event: AnyEvent) -> Urgency:
+    """The first token, the end and a queue are told at once. What a first token follows closely waits for it."""
+    if isinstance(event, LaneDone | Queued) or (isinstance(event, Token) and event.index == 0):
+        return Urgency.NOW
+    reused = isinstance(event, PrefillProgress) and event.done == event.total
+    return Urgency.LATER if reused or (isinstance(event, CacheState) and event.moment == "prompt") else Urgency.SOON
 
 
 def _module(error: Exception) -> str:

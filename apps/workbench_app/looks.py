@@ -71,6 +71,7 @@ CARD = (
     TOKENS
     + """
 @media (min-width: 701px) { :host { align-self: stretch !important; } }
+@media (max-width: 700px) { :host { align-self: start !important; } }
 :host { border: 1px solid var(--line); border-radius: 8px; padding: 13px 14px 10px; box-sizing: border-box; min-width: 0; height: auto !important; max-height: none !important; scroll-snap-align: start; }
 """
 )
@@ -104,6 +105,8 @@ p { line-height: 1.5; }
 .lead + .lead { margin-top: 3px; }
 .why { margin-top: 5px; font-size: 13.5px; color: var(--quiet); }
 .lead b { font-weight: 650; }
+.lead .n { white-space: nowrap; }
+.status { font-size: 13px; line-height: 32px; white-space: nowrap; }
 .trouble { padding: 8px 11px; border-radius: 5px; border: 1px solid color-mix(in srgb, var(--danger-bg-color, #c62828) 55%, transparent);
   background: color-mix(in srgb, var(--danger-bg-color, #c62828) 9%, var(--ground)); font-size: 13px; overflow-wrap: anywhere; }
 code, .mono { font-family: var(--mono); font-size: 12.5px; }

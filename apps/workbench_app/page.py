@@ -26,7 +26,7 @@ class App:
     def __init__(self, frame: Frame, model: str = MODEL, lanes: tuple[str, ...] = DEFAULT_LANES) -> None:
         self.frame = frame
         self.document = pn.state.curdoc
-        self._begun = False
+        self._drawn = False
         self.session = session = Session(shelf(), self.document, Ask(model=model))
         self.cards: dict[int, LaneCard] = {}
         self.drawer = Drawer(session, self.run)
@@ -37,18 +37,24 @@ class App:
         self.state.param.watch(self._turned, ["lane", "query"])
         session.start_with(lanes)
         if self.document is not None:
-            pn.state.onload(self._begin)  # not before: what is sent to a page that is still being drawn may get lost
+            session.mailbox.pause()
+            pn.state.onload(self._begin)
             pn.state.on_session_destroyed(lambda context: session.close())
 
     def _begin(self) -> None:
-        """The page is on the screen: load the model, take the first example, and compare."""
-        self._begun = True
-        self._fit()
+        """The page came to the browser: load the model. What comes of it is shown when all controls are drawn."""
         self.session.load(self.session.draft.model, self._loaded)
+        self.document.add_timeout_callback(self._show, 10_000)  # whatever became of the browser's word
+
+    def _show(self) -> None:
+        if not self._drawn:
+            self._drawn = True
+            self._fit()
+            self.session.mailbox.resume()
 
     def _fit(self) -> None:
         """Put the drawer behind its button where the window is narrow."""
-        if self._begun and self.keys.window:
+        if self._drawn and self.keys.window:
             self.frame.page.sidebar_open = not self.keys.window["narrow"]
 
     def _loaded(self) -> None:
@@ -93,6 +99,7 @@ class App:
         self.keys = Keys(width=0, height=0, margin=0)
         self.keys.param.watch(self._pressed, "pressed")
         self.keys.param.watch(lambda event: self._fit(), "window")
+        self.keys.param.watch(lambda event: self._show(), "drawn")
         self.lanes_row = pn.Column(stylesheets=[LANES], sizing_mode="stretch_width", margin=(14, 0, 0, 0))
         self.status = pn.pane.HTML("", stylesheets=[TEXT], margin=0)
         self.code_texts = [pn.pane.HTML("", **text), pn.pane.HTML("", **text)]
@@ -137,7 +144,8 @@ class App:
         if not session.busy:
             self.frame.table.object = summary.kl_table(session)
         self._turn_to_the_break()
-        self.heads.refresh()
+        if not self._begins(change):
+            self.heads.refresh()
         self._say()
 
     def _arrange(self) -> None:
@@ -157,7 +165,12 @@ class App:
         self.why_button.visible = bool(html) and lane is not None and bool(lane.why and lane.why.lost)
         self.run_button.disabled = session.model_state != "ready"
         self.stop_button.disabled = not session.busy
-        self.status.object = f'<span class="quiet roomy" role="status">{escape(self._status())}</span>'
+        self.status.object = f'<span class="quiet roomy status" role="status">{escape(self._status())}</span>'
+
+    def _begins(self, change: Change) -> bool:
+        """Whether this is about a lane's first token, which nothing may hold up; what heads keep follows it closely."""
+        lanes = [lane for lane in self.session.lanes if lane.key in change.lanes]
+        return any(lane.status == "generating" and len(lane.tokens) <= 1 for lane in lanes)
 
     def _picked(self, key: int) -> int | None:
         """The token of a lane that is looked into."""

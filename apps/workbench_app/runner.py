@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import workbench as wb
@@ -91,6 +92,14 @@ class Runner:
                     self._current = None
 
 
+class Urgency(Enum):
+    """How soon the page should hear of something."""
+
+    LATER = 0  # with what comes next, which is not far
+    SOON = 1  # within the mailbox's interval
+    NOW = 2
+
+
 class Mailbox:
     """Messages from the worker to the page, in batches: at most one per ``interval`` seconds unless one is urgent.
 
@@ -107,18 +116,29 @@ class Mailbox:
         self._waiting: list[Any] = []
         self._asked = False  # a callback is on its way
         self._last = 0.0
-        self._closed = False
+        self._closed = self._paused = False
 
-    def post(self, message: Any, urgent: bool = False) -> None:
+    def pause(self) -> None:
+        """Keep messages until :meth:`resume`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Deliver what was kept; on the page's thread only."""
+        self._paused = False
+        self.drain()
+
+    def post(self, message: Any, urgency: Urgency = Urgency.SOON) -> None:
         with self._lock:
             if self._closed:
                 return
             self._waiting.append(message)
-            if self._document is None or (self._asked and not urgent):
+            if self._document is None or self._paused or urgency is Urgency.LATER:
+                return
+            if self._asked and urgency is Urgency.SOON:
                 return
             self._asked = True
             document = self._document
-        document.add_next_tick_callback(self.drain if urgent else self._soon)
+        document.add_next_tick_callback(self.drain if urgency is Urgency.NOW else self._soon)
 
     def _soon(self) -> None:
         wait = self._last + self.interval - time.monotonic()
@@ -129,6 +149,8 @@ class Mailbox:
 
     def drain(self) -> None:
         """Deliver what waits; on the page's thread only."""
+        if self._paused:
+            return
         with self._lock:
             messages, self._waiting, self._asked = self._waiting, [], False
             self._last = time.monotonic()

@@ -16,7 +16,7 @@ from workbench.strategies.recipe import Recipe
 from workbench_app.ask import Ask, LaneState
 from workbench_app.history import History, Layout
 from workbench_app.lane_work import Failed, LaneWork, Said, Task, Told
-from workbench_app.runner import Job, Mailbox, Runner, Shelf
+from workbench_app.runner import Job, Mailbox, Runner, Shelf, Urgency
 
 LOG = logging.getLogger("workbench.app")
 MOST_LANES = 8
@@ -175,9 +175,10 @@ class Session:
             return
         self._remember()
         lane.recipe, lane.error = recipe.text, None
-        self._tell(lanes={key})
-        if self.model is not None:
+        if self.model is not None and self.model_state == "ready":
             self.run([key])
+        else:
+            self._tell(lanes={key})
 
     def add(self, recipe: str, after: int | None = None) -> int | None:
         """A new lane with a recipe, at the end or after another; it runs at once."""
@@ -306,16 +307,16 @@ class Session:
 
     def _load(self, name: str) -> None:
         try:
-            self._post(Told("model", (name, self.shelf.get(name), None)), True)
+            self._post(Told("model", (name, self.shelf.get(name), None)), Urgency.NOW)
         except wb.WorkbenchError as error:
-            self._post(Told("model", (name, None, str(error))), True)
+            self._post(Told("model", (name, None, str(error))), Urgency.NOW)
         except Exception:
             LOG.exception("loading %s failed", name)
             sentence = f"Something failed while loading {name}; the server's log has the details."
-            self._post(Told("model", (name, None, sentence)), True)
+            self._post(Told("model", (name, None, sentence)), Urgency.NOW)
 
-    def _post(self, message: Any, urgent: bool = False) -> None:
-        self.mailbox.post(message, urgent)
+    def _post(self, message: Any, urgency: Urgency) -> None:
+        self.mailbox.post(message, urgency)
 
     def _deliver(self, messages: list[Any]) -> None:
         change, loaded = Change(), False

@@ -23,9 +23,8 @@ def lane_sentence(session: Session, lane: LaneState) -> str:
     reference, result = session.lanes[0], lane.result
     assert result is not None
     name = formats.look(session.place(lane.key)).name
-    size = (
-        f"its cache is <b>{formats.percent(result.memory.ratio)}</b> of the reference's" if result.memory.ratio else ""
-    )
+    ratio = result.memory.ratio
+    size = f"its cache is <b class='n'>{formats.percent(ratio)}</b> of the reference's" if ratio else ""
     at = result.first_divergence
     full = "the full cache" if reference.recipe == "full" else "the reference"
     if result.tokens and at is None:

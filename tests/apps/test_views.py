@@ -13,7 +13,7 @@ from workbench_app import formats, summary
 from workbench_app.heads import METRICS, Heads, share_over_heads, status_codes
 from workbench_app.kl_chart import FLOOR, KLChart
 from workbench_app.lane_view import differences, lane_data
-from workbench_app.runner import Mailbox
+from workbench_app.runner import Mailbox, Urgency
 from workbench_app.state import UIState
 
 
@@ -208,11 +208,22 @@ def test_news_reach_the_page_in_batches_and_urgent_ones_at_once() -> None:
     box.post(5)
     document.next.pop()()
     assert len(document.later) == 1 and 0 < document.later[0][1] <= 100  # too soon after the last
-    box.post(6, urgent=True)
+    box.post(6, Urgency.NOW)
     document.next.pop()()
     assert got[1:] == [[5, 6]]
     document.later.pop()[0]()
     assert got[1:] == [[5, 6]]  # nothing was left
+    box.post(7, Urgency.LATER)
+    assert not document.next  # goes with what comes next
+    box.post(8, Urgency.NOW)
+    document.next.pop()()
+    assert got[2:] == [[7, 8]]
+    box.pause()
+    box.post(9, Urgency.NOW)
+    box.drain()
+    assert not document.next and got[3:] == []
+    box.resume()
+    assert got[3:] == [[9]]
     box.close()
-    box.post(7)
+    box.post(10)
     assert not document.next
