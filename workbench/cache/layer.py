@@ -11,13 +11,15 @@ from transformers.cache_utils import CacheLayerMixin
 from workbench.cache.growable import MIN_SPARE
 from workbench.cache.segments import Query, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
-from workbench.errors import WorkbenchError
+from workbench.errors import ArtifactError, WorkbenchError
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.cache.cache import WorkbenchCache
+    from workbench.models.artifacts import Artifact
+    from workbench.strategies.base import Declared
 
 
 SWEEP = 64  # tokens between two clearings of what a sliding window has passed
@@ -47,6 +49,15 @@ class LayerView:
     @property
     def num_layers(self) -> int:
         return len(self._owner.cache.layers)
+
+    def artifact(self, part: Declared) -> Artifact:
+        """What was calibrated or trained for this model and ``part`` (a strategy, allocator or selector) needs."""
+        cache = self._owner.cache
+        if cache.artifacts is None or part.artifact_kind is None:
+            raise ArtifactError(
+                f"{part.key} asks for an artifact that was not checked for before the run; report this."
+            )
+        return cache.artifacts.get(part.artifact_kind, part.artifact_path)
 
     def earlier(self) -> list[LayerView]:
         """The layers before this one, to look at what they hold and to drop more of it."""

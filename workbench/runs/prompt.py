@@ -106,7 +106,7 @@ class Snapshot:
 def take_snapshot(model: Model, ids: list[int], chunk: int, control: Control) -> Generator[int, None, Snapshot]:
     """Read a prompt under the empty recipe and keep its state; yields the tokens read so far."""
     recorder = QueryRecorder(SNAPSHOT_WINDOW)
-    cache = WorkbenchCache(Recipe(), model.geometry, len(ids), [recorder])
+    cache = WorkbenchCache(Recipe(), model.geometry, len(ids), [recorder], model.artifacts)
     began = time.perf_counter()
     logits = yield from read(model, cache, ids, chunk, control)
     cache.probes.clear()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.errors import RecipeError
+from workbench.errors import ArtifactError, RecipeError
 from workbench.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    from workbench.models.artifacts import Artifacts
+    from workbench.models.geometry import Geometry
 
 FULL = "full"
 LONGEST = 2000  # characters of a recipe
@@ -40,6 +44,17 @@ class Recipe:
     def needs_prompt(self) -> bool:
         """Whether a strategy must watch the prompt being read."""
         return any(part.needs_prompt for part in self.parts)
+
+    def check(self, geometry: Geometry, artifacts: Artifacts | None) -> None:
+        """Raise, in one sentence, where a strategy cannot run on such a model or lacks what is made for it beforehand."""
+        for part in self.parts:
+            part.check(geometry)
+            for kind, path in part.artifacts.items():
+                if artifacts is None:
+                    raise ArtifactError(
+                        f"{kind.method} needs a {kind.what}, which belongs to a model; make the cache with wb.cache(recipe, model)."
+                    )
+                artifacts.get(kind, path)
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
