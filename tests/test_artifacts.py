@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 import workbench as wb
-from tests.builders import build, network
+from tests.builders import build, feed, network, prompt
 from tests.checkpoints import copy, write_checkpoint
 from workbench.errors import ArtifactError, StorageError
 from workbench.models.artifacts import FOLDER, HEADER, Artifact, Kind, content_hash
 from workbench.models.load import Model
+from workbench.strategies.recipe import Recipe
 
 NUMBERS = Kind(
     "numbers", "calibration", ".json", "kvw calibrate numbers {model}", "snapkv", lambda g: {"a": (g.num_layers, 2)}
@@ -222,3 +223,36 @@ def test_the_hash_knows_the_config(folder: Path) -> None:
     theta = dict(model.network.config.rope_parameters)
     model.network.config.rope_parameters = {**theta, "rope_theta": 5.0}
     assert content_hash(model.network, model.geometry) != wb.load(folder).content_hash
+
+
+# -- strategies find them ----------------------------------------------------------------------------------------------------
+
+
+def test_a_strategy_without_its_artifact_is_refused_before_anything_runs(model: Model) -> None:
+    for recipe in ("compresskv()", 'snapkv(allocator="headkv")', 'adakv(scorer="compresskv")', "headkv() | kivi()"):
+        with pytest.raises(ArtifactError, match="kvw calibrate"):
+            wb.compare(model, prompt(40), ["full", recipe])
+        with pytest.raises(ArtifactError, match="kvw calibrate"):
+            wb.cache(recipe, model)
+    with pytest.raises(ArtifactError, match="wb.cache"):
+        Recipe.parse("compresskv()").check(model.geometry, None)
+
+
+def test_the_drop_in_cache_of_a_transformers_model_finds_them_too(model: Model) -> None:
+    from workbench.strategies.eviction.allocators.compresskv import CALIBRATION
+
+    tensors = {"semantic": torch.rand(2, 4), "errors": torch.rand(2)}
+    model.artifacts.save(model.artifacts.make(CALIBRATION, tensors, {}))
+    cache = wb.cache("compresskv(budget=10)", again(model).network)
+    feed(model, cache, prompt(60))
+    assert sum(len(cache.kept(layer, 0)) for layer in range(2)) == 20
+
+
+@pytest.mark.parametrize(
+    "path", ['a "quoted" name.json', "back\\slash.json", "tab\there.json", "ä ö.json", "it's.json"]
+)
+def test_any_path_can_be_written_in_a_recipe(path: str) -> None:
+    recipe = Recipe.parse(f"compresskv(artifact={path!r})")
+    assert recipe.parts[0].artifact_path == path
+    assert Recipe.parse(recipe.resolved) == recipe
+    assert "artifact" not in Recipe.parse("compresskv()").resolved

@@ -18,7 +18,8 @@ LENGTH = 90
 EVICTIONS = [key for key, cls in registry().items() if issubclass(cls, Eviction)]
 STEPWISE = [key for key in EVICTIONS if issubclass(registry()[key], StepwiseEviction)]
 RAGGED = [key for key, cls in registry().items() if cls().ragged]
-UNEVEN = {"pyramidkv"}  # layers keep different numbers
+UNEVEN = {"pyramidkv", "compresskv"}  # layers keep different numbers
+GLOBAL = {"headkv"}  # one budget for all layers together
 CHUNKS = {"chunkkv"}  # whole chunks: fewer than the budget allows, maybe
 EVEN = [key for key in EVICTIONS if key not in {*RAGGED, *UNEVEN, *CHUNKS}]
 BYTES_OF_POSITION = 4
@@ -68,6 +69,8 @@ def test_as_many_entries_stay_as_the_budget_says(key: str, budget: float | int) 
         held = sum(len(head) for layer in layers for head in layer)
         share = budget if isinstance(budget, float) else min(budget, LENGTH) / LENGTH
         assert held <= max(count, share * LENGTH) * len(layers) * len(layers[0]) + len(layers)  # each layer rounds
+    elif key in GLOBAL:
+        assert sum(len(head) for layer in layers for head in layer) == count * len(layers) * len(layers[0])
     elif key in RAGGED:
         assert all(sum(map(len, layer)) == count * len(layer) for layer in layers)
     else:

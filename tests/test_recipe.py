@@ -252,6 +252,7 @@ def test_parts_never_change() -> None:
 def test_strategies_describes_every_one_for_a_form() -> None:
     described = {entry["name"]: entry for entry in strategies()}
     assert set(described) == set(registry()) and described["kivi"]["parameters"]["bits"]["choices"] == [2, 4, 8]
+    assert described["headkv"]["needs"] == ["queries", "kvw calibrate headkv MODEL"]
     for entry in described.values():
         assert entry["title"] and entry["summary"].endswith(".") and entry["family"]
         for name, parameter in entry["parameters"].items():

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
-from workbench.commands.output import stderr
+from workbench.commands.progress import bar, to_go
 from workbench.errors import StorageError, WorkbenchError
 
 if TYPE_CHECKING:
@@ -32,28 +31,9 @@ def recall(out: Path, minutes: float | None, steps: int | None, resume: bool, de
     from workbench.training.recall.train import train
 
     place = pick_device(device)
-    screen = stderr()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        console=screen,
-        disable=not screen.is_terminal,
-    )
-    task = bar.add_task("house/recall", total=1.0, state="starting")
-    last = 0.0
-
-    def tell(state: State) -> None:
-        nonlocal last
-        bar.update(task, completed=state.done, state=describe(state))
-        if not screen.is_terminal and (state.seconds - last > 60 or state.done >= 1):
-            last = state.seconds
-            print(describe(state), file=sys.stderr, flush=True)
-
     try:
-        with bar:
-            train(out, minutes, steps, resume, str(place), seed, tell)
+        with bar("house/recall") as tell:
+            train(out, minutes, steps, resume, str(place), seed, lambda state: tell(state.done, describe(state)))
     except KeyboardInterrupt:
         print(f"Interrupted; go on with: kvw train recall --out {out} --resume", file=sys.stderr)
         return 1
@@ -84,5 +64,4 @@ def describe(state: State) -> str:
     """One line on where the training stands."""
     level = state.accuracy.get(state.level)
     judged = f", answers right {level:.0%}" if level is not None else ""
-    left = f"{state.eta / 60:.0f} min to go" if state.done > 0 else "…"
-    return f"step {state.step:,}, level {state.level}, loss {state.loss:.2f}{judged}, {left}"
+    return f"step {state.step:,}, level {state.level}, loss {state.loss:.2f}{judged}, {to_go(state.eta)}"

@@ -11,7 +11,9 @@ from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
 from workbench.strategies.eviction.chunkkv import ChunkKV
+from workbench.strategies.eviction.compresskv import CompressKV
 from workbench.strategies.eviction.h2o import H2O
+from workbench.strategies.eviction.headkv import HeadKV
 from workbench.strategies.eviction.knorm import KNorm
 from workbench.strategies.eviction.pyramidkv import PyramidKV
 from workbench.strategies.eviction.random import Random
@@ -21,7 +23,20 @@ from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 
 GROUP = "kv_workbench.strategies"
-OURS: list[type[Strategy]] = [SnapKV, AdaKV, PyramidKV, ChunkKV, H2O, TOVA, StreamingLLM, KNorm, Random, KIVI]
+OURS: list[type[Strategy]] = [
+    SnapKV,
+    AdaKV,
+    HeadKV,
+    PyramidKV,
+    ChunkKV,
+    CompressKV,
+    H2O,
+    TOVA,
+    StreamingLLM,
+    KNorm,
+    Random,
+    KIVI,
+]
 
 
 @functools.cache
@@ -49,7 +64,11 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def describe(cls: type[Strategy]) -> dict[str, Any]:
-    """A strategy for people and machines: what the CLI prints, the app draws and the docs list."""
+    """A strategy for people and machines: what the CLI prints, the app draws and the docs list.
+
+    ``needs`` names the last queries of the prompt, and the commands that make what a model needs beforehand.
+    """
+    default = cls()
     parameters = {}
     for name in cls.parameter_names():
         declared = cls.param[name]
@@ -67,7 +86,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": ["queries"] if cls().query_window else [],
+        "needs": [*(["queries"] if default.query_window else []), *(k.made_by("MODEL") for k in default.artifacts)],
     }
 
 

@@ -2,6 +2,8 @@
 
 from workbench.strategies.eviction.allocators.adakv import AdaKVAllocator
 from workbench.strategies.eviction.allocators.chunks import ChunkSelector
+from workbench.strategies.eviction.allocators.compresskv import CompressKVAllocator
+from workbench.strategies.eviction.allocators.headkv import HeadKVAllocator
 from workbench.strategies.eviction.allocators.pyramidkv import PyramidAllocator
 from workbench.strategies.eviction.base import Allocator, Selector
 
@@ -9,5 +11,7 @@ ALLOCATORS: dict[str | None, type[Allocator]] = {
     None: Allocator,
     "adakv": AdaKVAllocator,
     "pyramidkv": PyramidAllocator,
+    "compresskv": CompressKVAllocator,
+    "headkv": HeadKVAllocator,
 }
 SELECTORS: dict[str | None, type[Selector]] = {None: Selector, "chunks": ChunkSelector}
