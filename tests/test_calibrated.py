@@ -120,7 +120,6 @@ def test_all_heads_and_even_budgets_are_snapkv_with_one_set_a_layer() -> None:
     class Votes:
         def on_attention(self, layer: Any, query: Any, out: Any) -> None:
             layer.states = [{}]
-            layer.recent_queries = query.q[:, :, -8:]
             snapped.append(layer.view(0, query).window_attention(8))
 
     cache.probes.append(Votes())

@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train_app = typer.Typer(help="Train a house model again.", no_args_is_help=True)
+train_app = typer.Typer(help="Train a house model again, or what a method needs for a model.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 calibrate_app = typer.Typer(help="Measure a model for the methods that need it beforehand.", no_args_is_help=True)
 app.add_typer(calibrate_app, name="calibrate")
@@ -154,6 +154,25 @@ def train_recall(
     from workbench.commands.train import recall
 
     raise typer.Exit(recall(out, minutes, steps, resume, device, seed))
+
+
+@train_app.command("locret")
+def train_locret(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="House name, local folder, or Hub id.")],
+    out: Target = None,
+    steps: Annotated[int | None, typer.Option(help="Training texts; 3,000 if not given.")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Of the hidden layer; if not given 1,024, or half of a smaller model's hidden size."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint beside FILE.")] = False,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Decides the heads' first weights and the texts.")] = 0,
+) -> None:
+    """Train Locret's retaining heads for a model. Ctrl-C leaves a checkpoint to go on from."""
+    from workbench.commands.train import locret
+
+    raise typer.Exit(locret(model, out, steps, width, resume, device, seed))
 
 
 @calibrate_app.command("compresskv")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
+    from workbench.models.rope import Rope
     from workbench.strategies.base import Declared
 
 
@@ -66,6 +67,16 @@ class LayerView:
     @property
     def scale(self) -> float:
         return self._query.scale
+
+    @property
+    def rope(self) -> Rope:
+        """How this layer turns its queries and keys by position; a strategy's ``check`` asks for it beforehand."""
+        return self._owner.cache.geometry.ropes[self.layer]
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that this layer sees; None for full attention."""
+        return self._query.window
 
     @property
     def length(self) -> int:
@@ -117,9 +128,9 @@ class LayerView:
             self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
         )
 
-    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
-        self._owner.store.keep(index)
+        self._owner.store.keep(index, keys)
         self._owner.cache.note_bytes(self._owner)
 
     def recode(self, codec: Codec) -> None:

@@ -38,8 +38,7 @@ def cache(recipe: str | Recipe, model: Model | Any, prompt_length: int | None = 
             f"This model uses the attention implementation '{used}', which would ignore the cache's strategy; call "
             f"model.set_attn_implementation('{NAME}') first."
         )
-    parameter = next(model.parameters())
-    geometry = Geometry.of(config, str(parameter.dtype).removeprefix("torch."), parameter.element_size())
+    geometry = Geometry.of_network(model)
     name = getattr(model.config, "name_or_path", None) or "this model"
     folder = Path(name) if Path(name).is_dir() else None
     artifacts = Artifacts(name, geometry, lambda: content_hash(model, geometry), folder)

@@ -119,12 +119,13 @@ class Store:
         stacked = torch.stack([self.entries(row)[side] for row in range(self.rows)])
         return stacked.unflatten(0, (self.batch, self.heads))
 
-    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only the entries named, and free the others.
 
         Args:
             index: int64 [B, H, m] of entry numbers in ascending order, or one such vector per row where rows keep
                 different numbers.
+            keys: [B, H, m, D] to hold in place of theirs: the same ones, turned to other positions.
         """
         per_row: Iterable[Tensor] = index.flatten(0, 1) if isinstance(index, Tensor) else index
         rows = list(per_row)
@@ -135,12 +136,14 @@ class Store:
         if isinstance(index, Tensor) and len(self.segments) == 1 and isinstance(only, DenseSegment):
             at = self.all_positions().gather(2, index)
             wide = index[..., None].expand(-1, -1, -1, only.keys().shape[-1])
-            self.segments = [self._hold(only.keys().gather(2, wide), only.values().gather(2, wide), at)]
+            kept_keys = only.keys().gather(2, wide) if keys is None else keys
+            self.segments = [self._hold(kept_keys, only.values().gather(2, wide), at)]
             return
         gathered = []
         for row, kept in enumerate(rows):
             k, v, at = self.entries(row)
-            gathered.append((k[kept], v[kept], at[kept]))
+            held = k[kept] if keys is None else keys[divmod(row, self.heads)]
+            gathered.append((held, v[kept], at[kept]))
         if len({len(kept) for kept in rows}) == 1:
             k, v, at = (
                 torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*gathered, strict=True)

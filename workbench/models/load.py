@@ -39,11 +39,8 @@ class Model:
 
     def __init__(self, id: str, network: Any, tokenizer: Any, folder: Path | None = None) -> None:
         self.id, self.network, self.tokenizer = id, network, tokenizer
-        parameter = next(network.parameters())
-        self.device = parameter.device
-        self.geometry = Geometry.of(
-            network.config, str(parameter.dtype).removeprefix("torch."), parameter.element_size()
-        )
+        self.device = next(network.parameters()).device
+        self.geometry = Geometry.of_network(network)
         self.artifacts = Artifacts(id, self.geometry, lambda: self.content_hash, folder)
 
     @functools.cached_property

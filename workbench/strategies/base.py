@@ -181,6 +181,10 @@ class Strategy(Declared):
     def check(self, geometry: Geometry) -> None:
         """Raise RecipeError, in one sentence, where this strategy cannot run on such a model."""
 
+    def cuts(self, prompt_length: int) -> Sequence[int]:
+        """Numbers of tokens after which the method wants to act: no chunk of the prompt is fed across one."""
+        return ()
+
     def on_chunk(self, view: LayerView) -> None:
         """After each chunk of the prompt attended in a layer."""
 

@@ -45,6 +45,12 @@ class Recipe:
         """Whether a strategy must watch the prompt being read."""
         return any(part.needs_prompt for part in self.parts)
 
+    def chunks(self, length: int, most: int) -> list[tuple[int, int]]:
+        """A prompt in pieces [start, stop) of at most ``most`` tokens, cut also where a strategy acts within it."""
+        wanted = {cut for part in self.parts for cut in part.cuts(length) if 0 < cut < length}
+        ends = sorted({*range(most, length, most), *wanted, length})
+        return list(zip([0, *ends], ends))
+
     def check(self, geometry: Geometry, artifacts: Artifacts | None) -> None:
         """Raise, in one sentence, where a strategy cannot run on such a model or lacks what is made for it beforehand."""
         for part in self.parts:

@@ -15,6 +15,7 @@ from workbench.strategies.eviction.compresskv import CompressKV
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.headkv import HeadKV
 from workbench.strategies.eviction.knorm import KNorm
+from workbench.strategies.eviction.locret import Locret
 from workbench.strategies.eviction.pyramidkv import PyramidKV
 from workbench.strategies.eviction.random import Random
 from workbench.strategies.eviction.snapkv import SnapKV
@@ -35,6 +36,7 @@ OURS: list[type[Strategy]] = [
     StreamingLLM,
     KNorm,
     Random,
+    Locret,
     KIVI,
 ]
 
