@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.cache.cache import WorkbenchCache
+    from workbench.models.rope import Rope
 
 
 SWEEP = 64  # tokens between two clearings of what a sliding window has passed
@@ -55,6 +56,11 @@ class LayerView:
     @property
     def scale(self) -> float:
         return self._query.scale
+
+    @property
+    def rope(self) -> Rope:
+        """How this layer turns its queries and keys by position; a strategy's ``check`` asks for it beforehand."""
+        return self._owner.cache.geometry.ropes[self.layer]
 
     @property
     def length(self) -> int:
@@ -106,9 +112,14 @@ class LayerView:
             self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
         )
 
-    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
-        """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
-        self._owner.store.keep(index)
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
+        """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
+        self._owner.store.keep(index, keys)
+        self._owner.cache.note_bytes(self._owner)
+
+    def narrow_keys(self, channels: Tensor, recent: int) -> None:
+        """Hold only some channels of older keys (see :meth:`Store.narrow_keys`); the rest is freed."""
+        self._owner.store.narrow_keys(channels, recent)
         self._owner.cache.note_bytes(self._owner)
 
     def recode(self, codec: Codec) -> None:

@@ -28,13 +28,10 @@ def cache(recipe: str | Recipe, model: Model | Any, prompt_length: int | None = 
     parsed = Recipe.parse(recipe)
     if isinstance(model, Model):
         return WorkbenchCache(parsed, model.geometry, prompt_length)
-    config = model.config.get_text_config()
-    used = getattr(config, "_attn_implementation", None)
+    used = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if used != NAME:
         raise ModelError(
             f"This model uses the attention implementation '{used}', which would ignore the cache's strategy; call "
             f"model.set_attn_implementation('{NAME}') first."
         )
-    parameter = next(model.parameters())
-    geometry = Geometry.of(config, str(parameter.dtype).removeprefix("torch."), parameter.element_size())
-    return WorkbenchCache(parsed, geometry, prompt_length)
+    return WorkbenchCache(parsed, Geometry.of_network(model), prompt_length)

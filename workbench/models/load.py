@@ -36,11 +36,8 @@ class Model:
 
     def __init__(self, id: str, network: Any, tokenizer: Any) -> None:
         self.id, self.network, self.tokenizer = id, network, tokenizer
-        parameter = next(network.parameters())
-        self.device = parameter.device
-        self.geometry = Geometry.of(
-            network.config, str(parameter.dtype).removeprefix("torch."), parameter.element_size()
-        )
+        self.device = next(network.parameters()).device
+        self.geometry = Geometry.of_network(network)
 
     def __repr__(self) -> str:
         g = self.geometry
