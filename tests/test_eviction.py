@@ -23,7 +23,7 @@ UNEVEN = {"pyramidkv", "compresskv"}  # layers keep different numbers
 GLOBAL = {"headkv"}  # one budget for all layers together
 CHUNKS = {"chunkkv"}  # whole chunks: fewer than the budget allows, maybe
 EVEN = [key for key in EVICTIONS if key not in {*RAGGED, *UNEVEN, *CHUNKS}]
-NEEDS_ROPE = {"locret"}
+NEEDS_ROPE = {"expected_attention", "locret"}
 BYTES_OF_POSITION = 4
 
 

@@ -118,6 +118,8 @@ class WorkbenchCache(Cache):
         """After the last layer: decisions across layers. ``query`` is the last layer's; the views' chunk is its."""
         for number, part in enumerate(self.recipe.parts):
             part.after_prompt([layer.view(number, query) for layer in self.layers])
+        for layer in self.layers:
+            self.note_bytes(layer)
 
     def clone(self, recipe: Recipe | None = None) -> WorkbenchCache:
         """Fork: the twin shares all storage held now. A new recipe applies from the next step on."""

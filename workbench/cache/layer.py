@@ -129,8 +129,13 @@ class LayerView:
         )
 
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
-        """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
+        """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
         self._owner.store.keep(index, keys)
+        self._owner.cache.note_bytes(self._owner)
+
+    def narrow_keys(self, channels: Tensor, recent: int) -> None:
+        """Hold only some channels of older keys (see :meth:`Store.narrow_keys`); the rest is freed."""
+        self._owner.store.narrow_keys(channels, recent)
         self._owner.cache.note_bytes(self._owner)
 
     def recode(self, codec: Codec) -> None:

@@ -31,8 +31,7 @@ def cache(recipe: str | Recipe, model: Model | Any, prompt_length: int | None = 
     parsed = Recipe.parse(recipe)
     if isinstance(model, Model):
         return WorkbenchCache(parsed, model.geometry, prompt_length, artifacts=model.artifacts)
-    config = model.config.get_text_config()
-    used = getattr(config, "_attn_implementation", None)
+    used = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if used != NAME:
         raise ModelError(
             f"This model uses the attention implementation '{used}', which would ignore the cache's strategy; call "

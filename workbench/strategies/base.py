@@ -155,12 +155,19 @@ class Strategy(Declared):
         needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
         keeps_acting: True when it acts at every generated token.
         ragged: True when heads may keep different numbers of entries.
+        alone: True when no other method may drop tokens in the same recipe.
+        closing: True when it holds entries in a form that no other method can take over, so it comes last.
     """
 
     family: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    closing: ClassVar[bool] = False
+
+    @property
+    def alone(self) -> bool:
+        return False
 
     @property
     def needs_prompt(self) -> bool:

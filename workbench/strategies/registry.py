@@ -12,14 +12,18 @@ from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
 from workbench.strategies.eviction.chunkkv import ChunkKV
 from workbench.strategies.eviction.compresskv import CompressKV
+from workbench.strategies.eviction.expected_attention import ExpectedAttention
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.headkv import HeadKV
+from workbench.strategies.eviction.keydiff import KeyDiff
 from workbench.strategies.eviction.knorm import KNorm
 from workbench.strategies.eviction.locret import Locret
+from workbench.strategies.eviction.observed_attention import ObservedAttention
 from workbench.strategies.eviction.pyramidkv import PyramidKV
 from workbench.strategies.eviction.random import Random
 from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
+from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 
@@ -31,12 +35,16 @@ OURS: list[type[Strategy]] = [
     PyramidKV,
     ChunkKV,
     CompressKV,
+    ExpectedAttention,
     H2O,
+    ObservedAttention,
     TOVA,
     StreamingLLM,
+    KeyDiff,
     KNorm,
     Random,
     Locret,
+    ThinK,
     KIVI,
 ]
 

@@ -159,6 +159,11 @@ class Eviction(Strategy):
 
     def after_prompt(self, views: Sequence[LayerView]) -> None:
         self.allocator_part.after_prompt(self, views)
+        for view in views:
+            self.forget(view)
+
+    def forget(self, view: LayerView) -> None:
+        """Let go of what was noted while the prompt was read, unless it is needed while generating."""
 
     def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
         """Keep only these entries; a method with state per entry keeps that in step."""
@@ -223,6 +228,9 @@ class Wrapper(Eviction):
 
     def score(self, view: LayerView) -> Tensor:
         return self.inner.score(view)
+
+    def forget(self, view: LayerView) -> None:
+        self.inner.forget(view)
 
     def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
         self.inner.keep(view, index)

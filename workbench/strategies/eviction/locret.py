@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.cache.layer import LayerView
+from workbench.cache.segments import take
 from workbench.errors import RecipeError
 from workbench.models.artifacts import Kind
 from workbench.models.geometry import Geometry
@@ -73,6 +74,10 @@ class Locret(Eviction):
 
     @property
     def needs_prompt(self) -> bool:
+        return True
+
+    @property
+    def alone(self) -> bool:
         return True
 
     def check(self, geometry: Geometry) -> None:
@@ -140,7 +145,7 @@ class Locret(Eviction):
             view.keep(index)
             return
         # The newest entry stays next to the token to come; RoPE sees distances only, so the model's own positions may go on.
-        bare = view.state["keys"].gather(2, index[..., None].expand(-1, -1, -1, view.chunk.shape[-1]))
+        bare = take(view.state["keys"], index)
         at = torch.arange(view.seen - index.shape[2], view.seen, device=bare.device)
         view.state["keys"] = bare
         view.keep(index, view.rope.rotate(bare, at).to(view.chunk.dtype))
