@@ -46,7 +46,7 @@ class Level:
     reworded: float = 0.0  # share of questions in other words than the statement
     other_forms: float = 0.0  # share of statements in another than the canonical form
     long_share: float = 0.0  # share of attributes with long values
-    rich_keys: float = 0.0  # share of documents whose keys are pairs, or names in a place
+    rich_keys: float = 0.0  # share of documents whose keys are pairs or spelt
     repeat: tuple[int, int] = (6, 24)  # words in a repetition
 
 
@@ -54,14 +54,12 @@ LEVELS = (
     Level(facts=(4, 10), table="", repeat=(6, 16)),
     Level(facts=(4, 12), table=" :", repeat=(6, 24)),
     Level(facts=(4, 10), fillers=(0, 2), repeat=(6, 32)),
-    Level(facts=(4, 12), fillers=(0, 6), reworded=0.6, other_forms=0.1, repeat=(6, 40)),
-    Level(
-        facts=(6, 20), fillers=(2, 12), reworded=0.6, other_forms=0.1, long_share=0.15, rich_keys=0.1, repeat=(8, 60)
-    ),
+    Level(facts=(4, 12), fillers=(0, 6), reworded=0.6, repeat=(6, 40)),
+    Level(facts=(8, 24), fillers=(4, 16), reworded=0.7, other_forms=0.1, long_share=0.2, rich_keys=0.1, repeat=(8, 60)),
     Level(
         facts=(8, 32),
         length=(200, 1000),
-        reworded=0.7,
+        reworded=0.8,
         other_forms=0.2,
         long_share=0.25,
         rich_keys=0.2,
@@ -71,7 +69,7 @@ LEVELS = (
         facts=(8, 40),
         length=(300, 2000),
         reworded=0.8,
-        other_forms=0.3,
+        other_forms=0.2,
         long_share=0.25,
         rich_keys=0.2,
         repeat=(8, 240),
@@ -109,7 +107,7 @@ def story(rng: random.Random, level: Level, count: Count) -> list[Piece]:
     most = level.facts[1] if room is None else max(level.facts[0], min(level.facts[1], room // 20))
     known = facts.draw(rng, rng.randint(level.facts[0], most), level.long_share, level.rich_keys)
     reworded = level.reworded > 0
-    single = reworded and rng.random() < 0.1
+    single = reworded and rng.random() < 0.2
     asked = rng.sample(known, 1 if single else min(len(known), 16))
     stated = [f.statement(rng.randrange(6) if rng.random() < level.other_forms else 0) for f in known]
     if room is not None:
