@@ -279,8 +279,8 @@ def document(
     sizes = [count(" " + line) for line in lines]
     goal = (rng.random() if depth is None else depth) * sum(sizes)
     place = min(range(len(lines) + 1), key=lambda i: abs(sum(sizes[:i]) - goal))
-    if place == 0:  # a text begins without a space, where a key would be spelt in other tokens
-        evidence = asked.statement()
+    if place == 0 and evidence.startswith(asked.key):
+        place = 1  # a text begins without a space, where a key would be spelt in other tokens
     lines.insert(place, evidence)
     context = " ".join(lines) + "\n"
     start = sum(len(line) + 1 for line in lines[:place])
