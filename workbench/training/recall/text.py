@@ -282,10 +282,17 @@ def document(
     if place == 0 and evidence.startswith(asked.key):
         place = 1  # a text begins without a space, where a key would be spelt in other tokens
     lines.insert(place, evidence)
-    context = " ".join(lines) + "\n"
+    while True:
+        context = " ".join(lines) + "\n"
+        encoded = tokenizer(context + question, return_offsets_mapping=True)
+        if len(encoded["input_ids"]) <= length_tokens:
+            break
+        # The first word, which has no space before it, may take a few tokens more than was counted.
+        gone = place - 1 if place == len(lines) - 1 else len(lines) - 1
+        lines.pop(gone)
+        place -= gone < place
     start = sum(len(line) + 1 for line in lines[:place])
     span = (start, start + len(evidence))
-    encoded = tokenizer(context + question, return_offsets_mapping=True)
     inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and b > span[0] and a < span[1]]
     return Document(
         context=context,
