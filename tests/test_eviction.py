@@ -17,7 +17,10 @@ from workbench.strategies.registry import registry
 LENGTH = 90
 EVICTIONS = [key for key, cls in registry().items() if issubclass(cls, Eviction)]
 STEPWISE = [key for key in EVICTIONS if issubclass(registry()[key], StepwiseEviction)]
-EVEN = [key for key in EVICTIONS if not registry()[key].ragged]
+RAGGED = [key for key, cls in registry().items() if cls().ragged]
+UNEVEN = {"pyramidkv"}  # layers keep different numbers
+CHUNKS = {"chunkkv"}  # whole chunks: fewer than the budget allows, maybe
+EVEN = [key for key in EVICTIONS if key not in {*RAGGED, *UNEVEN, *CHUNKS}]
 BYTES_OF_POSITION = 4
 
 
@@ -58,11 +61,17 @@ def test_a_budget_of_everything_is_bit_identical_to_full(key: str, name: str, ch
 @pytest.mark.parametrize("budget", [1, 7, 45, 0.001, 0.1, 0.34, 0.999, LENGTH + 5])
 def test_as_many_entries_stay_as_the_budget_says(key: str, budget: float | int) -> None:
     count = tokens_kept(budget, LENGTH)
-    for layer in kept(run(f"{key}(budget={budget})")):
-        if registry()[key].ragged:
-            assert sum(map(len, layer)) == count * len(layer)
-        else:
-            assert [len(head) for head in layer] == [count] * len(layer)
+    layers = kept(run(f"{key}(budget={budget})"))
+    if key in EVEN:
+        assert all(len(head) == count for layer in layers for head in layer)
+    elif key in UNEVEN:
+        held = sum(len(head) for layer in layers for head in layer)
+        share = budget if isinstance(budget, float) else min(budget, LENGTH) / LENGTH
+        assert held <= max(count, share * LENGTH) * len(layers) * len(layers[0]) + len(layers)  # each layer rounds
+    elif key in RAGGED:
+        assert all(sum(map(len, layer)) == count * len(layer) for layer in layers)
+    else:
+        assert all(len(head) <= count for layer in layers for head in layer)
 
 
 def test_kept_positions_ascend_and_are_the_prompts(key: str) -> None:
@@ -79,9 +88,10 @@ def test_bytes_fall_with_the_budget_and_are_what_the_budget_says(key: str) -> No
     rows = build().geometry.num_layers * build().geometry.num_kv_heads
     for budget, size in zip((0.5, 0.25, 0.1), sizes[1:]):
         per_entry = BYTES_OF_POSITION + (
-            4 if registry()[key].needs_prompt else 0
+            4 if registry()[key]().needs_prompt else 0
         )  # and a float32 score where it goes on
-        assert size <= budget * (full + entries * rows * per_entry)
+        rounding = 3 * (full // entries + rows * per_entry) if key in UNEVEN else 0
+        assert size <= budget * (full + entries * rows * per_entry) + rounding
 
 
 def test_chunks_of_the_prompt_do_not_change_what_stays(key: str) -> None:
@@ -159,7 +169,7 @@ def test_recompress_every_0_acts_once(key: str) -> None:
     assert not Recipe.parse(f"{key}(recompress_every=0)").parts[0].keeps_acting
 
 
-@pytest.mark.parametrize("scorer", [key for key in EVEN if not registry()[key].needs_prompt])
+@pytest.mark.parametrize("scorer", [key for key in EVEN if registry()[key].scores_alone])
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_adakv_takes_every_scorer_and_guards_every_head(scorer: str, alpha: float) -> None:
     cache = run(f'adakv(scorer="{scorer}", budget=20, alpha={alpha})', later=2)
@@ -167,7 +177,8 @@ def test_adakv_takes_every_scorer_and_guards_every_head(scorer: str, alpha: floa
         assert sum(map(len, layer)) == 44
         assert min(map(len, layer)) >= int(20 * alpha) + 2
     if alpha == 1.0:
-        inner = run(f"{scorer}(budget=20)")
+        once = ", recompress_every=0" if scorer in STEPWISE else ""
+        inner = run(f"{scorer}(budget=20{once})")
         assert [[h[:20] for h in layer] for layer in kept(cache)] == kept(inner)
 
 
@@ -177,7 +188,8 @@ def test_prompts_no_longer_than_the_window_run_everywhere(key: str) -> None:
         feed(build(), cache, prompt(tokens))
         feed(build(), cache, prompt(2, seed=1), 1)
         held = min(tokens + 2, 3) if key in STEPWISE else min(tokens, 3) + 2
-        assert sum(len(h) for h in kept(cache)[0]) == 2 * held
+        entries = sum(len(h) for h in kept(cache)[0])
+        assert entries <= 2 * held if key in UNEVEN | CHUNKS else entries == 2 * held
 
 
 @pytest.mark.parametrize("key", EVEN)

@@ -15,7 +15,9 @@ from workbench.cache.cache import WorkbenchCache
 from workbench.cache.layer import LayerView
 from workbench.cache.segments import Query
 from workbench.strategies.base import tokens_kept
-from workbench.strategies.eviction.adakv import AdaKV
+from workbench.strategies.eviction.allocators.adakv import AdaKVAllocator
+from workbench.strategies.eviction.allocators.chunks import ChunkSelector
+from workbench.strategies.eviction.allocators.pyramidkv import pyramid
 from workbench.strategies.eviction.base import select_top
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.knorm import KNorm
@@ -38,7 +40,8 @@ def view_of(
     cache = cache_for(build(), "full", prompt_length or k.shape[2])
     layer = cache.layers[0]
     layer.update(k, k.clone())
-    return LayerView(layer, Query(q, k.shape[2] - q.shape[2], True, 1.0, sinks=sinks), {}), cache
+    layer.states = [{}]
+    return LayerView(layer, Query(q, k.shape[2] - q.shape[2], True, 1.0, sinks=sinks), 0), cache
 
 
 @pytest.mark.parametrize(
@@ -160,12 +163,12 @@ CARD_ADAKV = torch.tensor([[0.50, 0.30, 0.12, 0.05, 0.03, 2.0], [0.02, 0.01, 0.0
     [(0.2, [0, 1, 2, 3, 5], [5]), (0.7, [0, 1, 2, 5], [0, 5]), (1.0, [0, 1, 5], [0, 1, 5])],
 )
 def test_adakv_card(alpha: float, first: list[int], second: list[int]) -> None:
-    assert [row.tolist() for row in AdaKV(alpha=alpha).select(CARD_ADAKV, 3)] == [first, second]
+    assert [row.tolist() for row in AdaKVAllocator(alpha=alpha).select(CARD_ADAKV, 3)] == [first, second]
 
 
 def test_adakv_rows_of_a_batch_are_chosen_one_by_one() -> None:
     swapped = torch.cat([CARD_ADAKV, CARD_ADAKV.flip(1)])
-    assert [row.tolist() for row in AdaKV().select(swapped, 3)] == [[0, 1, 2, 3, 5], [5], [5], [0, 1, 2, 3, 5]]
+    assert [row.tolist() for row in AdaKVAllocator().select(swapped, 3)] == [[0, 1, 2, 3, 5], [5], [5], [0, 1, 2, 3, 5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -173,7 +176,34 @@ def test_ties_go_to_the_later_entry(dtype: torch.dtype) -> None:
     assert select_top(torch.tensor([1, 1, 2, 1, 1], dtype=dtype), 3).tolist() == [2, 3, 4]
     assert select_top(torch.zeros(2, 5, dtype=dtype), 2).tolist() == [[3, 4], [3, 4]]
     assert select_top(torch.full((4,), torch.inf, dtype=dtype), 1).tolist() == [3]
-    assert [row.tolist() for row in AdaKV(alpha=0.0).select(torch.zeros(1, 2, 4, dtype=dtype), 1)] == [[3], [3]]
+    assert [row.tolist() for row in AdaKVAllocator(alpha=0.0).select(torch.zeros(1, 2, 4, dtype=dtype), 1)] == [
+        [3],
+        [3],
+    ]
+
+
+@pytest.mark.parametrize(
+    "tokens, even, layers, budgets",
+    [
+        (97, 48.5, 4, [89, 62, 35, 8]),
+        (97, 67.9, 4, [89, 75, 61, 47]),
+        (97, 19.4, 4, [19, 19, 19, 19]),  # the slope does not fit: even
+        (1000, 200.0, 4, [390, 263, 137, 10]),
+    ],
+)
+def test_pyramidkv_card(tokens: int, even: float, layers: int, budgets: list[int]) -> None:
+    assert pyramid(tokens, even, window=8, layers=layers, beta=20) == budgets
+
+
+def test_chunkkv_card() -> None:
+    scores = torch.tensor(
+        [[0.1, 0.2, 0.3, 0.4, 0, 0, 0.9, 0.1, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0, 0.1]]
+    )
+    chunks = ChunkSelector(chunk_length=4)
+    assert chunks.chunk_scores(scores[None]).tolist() == [pytest.approx([0.45, 0.35, 0.55])]
+    assert chunks.pick(scores[None], 5).tolist() == [[[8, 9]] * 2]
+    assert chunks.pick(scores[None], 7).tolist() == [[[0, 1, 2, 3, 8, 9]] * 2]
+    assert chunks.pick(scores[None], 1).tolist() == [[[6], [3]]]  # no whole chunk fits: the best entries
 
 
 def test_random_draws_by_seed_and_layer() -> None:

@@ -38,17 +38,8 @@ class Field:
 
 
 def fields(part: Strategy) -> list[Field]:
-    """The parameters of a part, those it passes on to its scorer included."""
-    own = {name: Field(name, part.param[name], value) for name, value in part.values().items()}
-    inner = getattr(part, "inner", None)
-    if isinstance(inner, Strategy):
-        passed = inner.values().items()
-        own |= {
-            name: Field(name, inner.param[name], value)
-            for name, value in passed
-            if name not in own and name != "recompress_every"
-        }
-    return list(own.values())
+    """The parameters of a part, those of its components included."""
+    return [Field(name, declared, value) for name, (declared, value) in part.fields().items()]
 
 
 def part_text(part: Strategy, **changes: Any) -> str:

@@ -109,8 +109,12 @@ class WorkbenchCache(Cache):
             for number, part in enumerate(self.recipe.parts):
                 part.after_prefill(layer.view(number, query))
             self.note_bytes(layer)
-        for part in self.recipe.parts:
-            part.after_prompt(self)
+        self.finish_prompt(queries[-1])
+
+    def finish_prompt(self, query: Query) -> None:
+        """After the last layer: decisions across layers. ``query`` is the last layer's; the views' chunk is its."""
+        for number, part in enumerate(self.recipe.parts):
+            part.after_prompt([layer.view(number, query) for layer in self.layers])
 
     def clone(self, recipe: Recipe | None = None) -> WorkbenchCache:
         """Fork: the twin shares all storage held now. A new recipe applies from the next step on."""

@@ -34,8 +34,8 @@ class LayerView:
         state: this strategy's own tensors for this layer; counted as cache memory.
     """
 
-    def __init__(self, owner: WorkbenchLayer, query: Query, state: dict[str, Tensor]) -> None:
-        self._owner, self._query, self.state = owner, query, state
+    def __init__(self, owner: WorkbenchLayer, query: Query, part: int) -> None:
+        self._owner, self._query, self._part, self.state = owner, query, part, owner.states[part]
         self.layer, self.seen = owner.index, owner.seen
         self.prompt_length = owner.cache.prompt_length or owner.seen
         self.chunk = query.q
@@ -43,6 +43,14 @@ class LayerView:
     @property
     def kv_heads(self) -> int:
         return self._owner.store.heads
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._owner.cache.layers)
+
+    def earlier(self) -> list[LayerView]:
+        """The layers before this one, to look at what they hold and to drop more of it."""
+        return [layer.view(self._part, self._query) for layer in self._owner.cache.layers[: self.layer]]
 
     @property
     def scale(self) -> float:
@@ -101,6 +109,7 @@ class LayerView:
     def keep(self, index: Tensor | Sequence[Tensor]) -> None:
         """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
         self._owner.store.keep(index)
+        self._owner.cache.note_bytes(self._owner)
 
     def recode(self, codec: Codec) -> None:
         """Hold this layer's entries by ``codec`` from now on."""
@@ -206,7 +215,7 @@ class WorkbenchLayer(CacheLayerMixin):
         return out
 
     def view(self, part: int, query: Query) -> LayerView:
-        return LayerView(self, query, self.states[part])
+        return LayerView(self, query, part)
 
     def _act(self, query: Query) -> None:
         cache, parts = self.cache, self.cache.recipe.parts
@@ -231,8 +240,7 @@ class WorkbenchLayer(CacheLayerMixin):
             self.store.settle()
         cache.note_bytes(self)
         if ends_prompt and self.index == len(cache.layers) - 1:
-            for part in cache.recipe.parts:
-                part.after_prompt(cache)
+            cache.finish_prompt(query)
 
     def _remember_queries(self, q: Tensor) -> None:
         window = self.cache.recipe.query_window

@@ -11,7 +11,8 @@ import param
 from workbench.errors import RecipeError
 
 if TYPE_CHECKING:
-    from workbench.cache.cache import WorkbenchCache
+    from collections.abc import Sequence
+
     from workbench.cache.layer import LayerView
     from workbench.models.geometry import Geometry
 
@@ -40,38 +41,41 @@ def tokens_kept(budget: float | int, length: int) -> int:
     return min(length, max(1, math.floor(budget * length + 1e-9)))
 
 
-class Strategy(param.Parameterized):
-    """One method with its parameters. Instances only hold parameters and never change.
+class Declared(param.Parameterized):
+    """Parameters declared once. Instances only hold them, never change, and compare by what they are.
+
+    A part may be made of others (:meth:`components`), whose parameters are then given alongside its own:
+    ``adakv(scorer="snapkv", window=16)``.
 
     Class attributes:
-        key: the name in recipes; family: eviction, quantization, …; title, paper, summary: for people.
-        query_window: queries at the end of the prompt that the method votes with; 0 if none.
-        needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
-        keeps_acting: True when it acts at every generated token.
-        ragged: True when heads may keep different numbers of entries.
+        key: the name in recipes and messages.
+        private: parameters that are not given alongside when this is a component of another part.
+        choosing: parameters that name components.
     """
 
     key: ClassVar[str] = ""
-    family: ClassVar[str] = ""
-    title: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
-    needs_prompt: ClassVar[bool] = False
-    ragged: ClassVar[bool] = False
+    private: ClassVar[frozenset[str]] = frozenset()
+    choosing: ClassVar[frozenset[str]] = frozenset({"allocator", "selector", "scorer"})
 
     def __init__(self, **values: Any) -> None:
-        known = self.parameter_names()
-        for name in values:
+        own = self.parameter_names()
+        mine = {name: canonical(self.key, self.param[name], v) for name, v in values.items() if name in own}
+        try:
+            super().__init__(**mine)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{self.key}: {readable(error, mine, self.param)}") from None
+        rest = {name: value for name, value in values.items() if name not in own}
+        kinds = self.components()
+        known = [*own, *(n for kind in kinds for n in kind.public_names() if n not in own)]
+        for name in rest:
             if name not in known:
                 raise RecipeError(
-                    f"{self.key} has no parameter '{name}'; it has {', '.join(known) or 'none'}."
+                    f"{self.key} has no parameter '{name}'; {self._with()}it has {', '.join(known) or 'none'}."
                     + suggestion(name, known)
                 )
-        values = {name: canonical(self.key, self.param[name], value) for name, value in values.items()}
-        try:
-            super().__init__(**values)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{self.key}: {readable(error, values, self.param)}") from None
+        self._parts = tuple(
+            kind(**self.settled(kind), **{n: v for n, v in rest.items() if n in kind.public_names()}) for kind in kinds
+        )
         self._sealed = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -79,25 +83,77 @@ class Strategy(param.Parameterized):
             raise AttributeError(f"{self.key}.{name} is fixed; make a new {self.key}({name}={value!r}) instead")
         super().__setattr__(name, value)
 
+    def components(self) -> list[type[Declared]]:
+        """The kinds of part this one is made of, as its own parameters choose them."""
+        return []
+
+    def settled(self, kind: type[Declared]) -> dict[str, Any]:
+        """Parameters of a component that this part decides itself."""
+        return {}
+
+    def _with(self) -> str:
+        chosen = [str(value) for name, value in self.values().items() if name in self.choosing and value is not None]
+        return f"with {' and '.join(chosen)} " if chosen else ""
+
     @classmethod
     def parameter_names(cls) -> list[str]:
         """Declared parameters, the budget first."""
         names = [name for name in cls.param if name != "name"]
         return sorted(names, key=lambda name: (cls.param[name].precedence or 0, names.index(name)))
 
+    @classmethod
+    def public_names(cls) -> list[str]:
+        """What may be given alongside when this is a component; its own components are those of its defaults."""
+        return [name for name in cls().fields() if name not in cls.private]
+
     def values(self) -> dict[str, Any]:
+        """This part's own parameters."""
         return {name: getattr(self, name) for name in self.parameter_names()}
+
+    def fields(self) -> dict[str, tuple[param.Parameter, Any]]:
+        """All that can be written in a recipe, components included: name -> declared parameter and value."""
+        found = {name: (self.param[name], value) for name, value in self.values().items()}
+        for part in self._parts:
+            for name, field in part.fields().items():
+                if name not in part.private:
+                    found.setdefault(name, field)
+        return found
 
     @property
     def resolved(self) -> str:
-        """The strategy with every parameter written out: what it compares and hashes by."""
-        return f"{self.key}({written_out(self.values())})"
+        """The part with every parameter written out: what it compares and hashes by."""
+        return f"{self.key}({written_out({name: value for name, (_, value) in self.fields().items()})})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Strategy) and self.resolved == other.resolved
+        return isinstance(other, Declared) and self.resolved == other.resolved
 
     def __hash__(self) -> int:
         return hash(self.resolved)
+
+
+class Strategy(Declared):
+    """One method with its parameters.
+
+    Class attributes:
+        family: eviction, quantization, …; title, paper, summary: for people.
+        query_window: queries at the end of the prompt that the method votes with; 0 if none.
+        needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
+        keeps_acting: True when it acts at every generated token.
+        ragged: True when heads may keep different numbers of entries.
+    """
+
+    family: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    @property
+    def needs_prompt(self) -> bool:
+        return False
+
+    @property
+    def ragged(self) -> bool:
+        return False
 
     @property
     def query_window(self) -> int:
@@ -114,10 +170,10 @@ class Strategy(param.Parameterized):
         """After each chunk of the prompt attended in a layer."""
 
     def after_prefill(self, view: LayerView) -> None:
-        """After the prompt's last chunk attended in a layer, layer by layer."""
+        """After the prompt's last chunk attended in a layer, layer by layer. ``view.earlier()`` are the layers before."""
 
-    def after_prompt(self, cache: WorkbenchCache) -> None:
-        """Once, after the last layer: for decisions across layers."""
+    def after_prompt(self, views: Sequence[LayerView]) -> None:
+        """Once, after the last layer, with a view of every layer: for decisions across them."""
 
     def after_step(self, view: LayerView) -> None:
         """After each later chunk (a generated token, a question) attended in a layer."""
@@ -165,6 +221,8 @@ def readable(error: Exception, values: dict[str, Any], declared: Any) -> str:
             if isinstance(parameter, param.Selector):
                 choices = ", ".join(written(choice) for choice in parameter.objects)
                 return f"{name} must be one of {choices}, got {written(value)}."
+            if isinstance(parameter, param.String):
+                return f"{name} must be a name in quotes, got {written(value)}."
             bounds = getattr(parameter, "bounds", None)
             kind = "a whole number" if isinstance(parameter, param.Integer) else "a number"
             if bounds:

@@ -10,8 +10,10 @@ from typing import Any
 from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
+from workbench.strategies.eviction.chunkkv import ChunkKV
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.knorm import KNorm
+from workbench.strategies.eviction.pyramidkv import PyramidKV
 from workbench.strategies.eviction.random import Random
 from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
@@ -19,7 +21,7 @@ from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 
 GROUP = "kv_workbench.strategies"
-OURS: list[type[Strategy]] = [SnapKV, AdaKV, H2O, TOVA, StreamingLLM, KNorm, Random, KIVI]
+OURS: list[type[Strategy]] = [SnapKV, AdaKV, PyramidKV, ChunkKV, H2O, TOVA, StreamingLLM, KNorm, Random, KIVI]
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import param
 from torch import Tensor
 
@@ -16,9 +18,12 @@ class H2O(StepwiseEviction):
     title = "H2O"
     paper = "arXiv 2306.14048"
     summary = "Keeps the tokens that have received most attention so far, and the most recent ones, at every step."
-    needs_prompt = True
 
     recent = param.Number(0.5, bounds=(0.0, 1.0), doc="share of the budget for the most recent tokens")
+
+    @property
+    def needs_prompt(self) -> bool:
+        return True
 
     def on_chunk(self, view: LayerView) -> None:
         received = view.chunk_attention_sums().unflatten(1, (view.kv_heads, -1)).sum(2)  # [B, H, n]
@@ -39,11 +44,12 @@ class H2O(StepwiseEviction):
             super().after_step(view)
 
     def score(self, view: LayerView) -> Tensor:
-        recent = min(int(self.recent * self.capacity(view)), view.length)
+        recent = min(int(self.recent * self.allocator_part.capacity(self, view)), view.length)
         return protect_last(newest(view.state["received"], view.length), recent)
 
-    def keep(self, view: LayerView, index: Tensor) -> None:
-        view.state["received"] = newest(view.state["received"], view.length).gather(-1, index)
+    def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
+        if isinstance(index, Tensor):  # heads of different lengths are cut once only, and the sums are then done with
+            view.state["received"] = newest(view.state["received"], view.length).gather(-1, index)
         view.keep(index)
 
 

@@ -23,7 +23,7 @@ class SnapKV(Eviction):
     kernel = param.Integer(5, bounds=(1, 63), doc="width of the average over neighbouring tokens (odd)")
 
     @property
-    def query_window(self) -> int:
+    def score_window(self) -> int:
         return self.window
 
     def score(self, view: LayerView) -> Tensor:

@@ -17,7 +17,7 @@ class TOVA(StepwiseEviction):
     summary = "Drops what the newest token attends to least; all heads of a layer keep the same tokens."
 
     @property
-    def query_window(self) -> int:
+    def score_window(self) -> int:
         return 1
 
     def score(self, view: LayerView) -> Tensor:

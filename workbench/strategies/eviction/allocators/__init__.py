@@ -1,0 +1,13 @@
+"""Allocators and selectors by the name they have in a recipe: ``snapkv(allocator="adakv", selector=…)``."""
+
+from workbench.strategies.eviction.allocators.adakv import AdaKVAllocator
+from workbench.strategies.eviction.allocators.chunks import ChunkSelector
+from workbench.strategies.eviction.allocators.pyramidkv import PyramidAllocator
+from workbench.strategies.eviction.base import Allocator, Selector
+
+ALLOCATORS: dict[str | None, type[Allocator]] = {
+    None: Allocator,
+    "adakv": AdaKVAllocator,
+    "pyramidkv": PyramidAllocator,
+}
+SELECTORS: dict[str | None, type[Selector]] = {None: Selector, "chunks": ChunkSelector}
