@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import param
 import torch
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.errors import RecipeError
 from workbench.strategies.base import Budget, Declared, Strategy, tokens_kept
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 PROTECTED = math.inf  # the score of an entry that stays as long as the budget allows
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import param
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import StepwiseEviction, protect_last
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class H2O(StepwiseEviction):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import param
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import PROTECTED, StepwiseEviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class StreamingLLM(StepwiseEviction):

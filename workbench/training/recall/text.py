@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import facts, prose, words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Count = Callable[[str], int]  # tokens of a piece of text
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import param
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import PROTECTED, Allocator, Eviction, flat_rows, select_top
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class AdaKVAllocator(Allocator):

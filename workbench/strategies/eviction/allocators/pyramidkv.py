@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import param
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import Allocator, Eviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class PyramidAllocator(Allocator):
