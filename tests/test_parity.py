@@ -79,7 +79,7 @@ RECIPES = {
         "value_norm={use_vnorm}, epsilon={epsilon})"
     ),
     "ChunkKVPress(SnapKVPress)": (
-        'chunkkv(scorer="snapkv", budget={kept}, window={window_size}, kernel={kernel_size}, chunk={chunk_length})'
+        'chunkkv(scorer="snapkv", budget={kept}, window={window_size}, kernel={kernel_size}, chunk_length={chunk_length})'
     ),
     "CriticalKVPress(SnapKVPress)": (
         'critical(scorer="snapkv", budget={budget}, window={window_size}, kernel={kernel_size}, epsilon={epsilon}, '
