@@ -29,8 +29,9 @@ class LayerView:
     Attributes:
         layer: index of the layer.
         prompt_length: tokens of the prompt.
+        in_prompt: whether the chunk just attended began in the prompt; False while generating.
         seen: tokens seen so far, kept or not.
-        chunk: queries of the chunk just attended [B, Hq, Tq, D], after RoPE.
+        chunk: queries of the chunk just attended [B, Hq, Tq, D], after RoPE; after the last layer, the end of it.
         state: this strategy's own tensors for this layer; counted as cache memory.
     """
 
@@ -38,7 +39,12 @@ class LayerView:
         self._owner, self._query, self._part, self.state = owner, query, part, owner.states[part]
         self.layer, self.seen = owner.index, owner.seen
         self.prompt_length = owner.cache.prompt_length or owner.seen
+        self.in_prompt = query.start < self.prompt_length
         self.chunk = query.q
+
+    @property
+    def batch(self) -> int:
+        return self._owner.store.batch
 
     @property
     def kv_heads(self) -> int:
@@ -47,6 +53,11 @@ class LayerView:
     @property
     def num_layers(self) -> int:
         return len(self._owner.cache.layers)
+
+    def prompt_entries(self) -> list[int]:
+        """Entries that each layer of the model can hold of the prompt: all, or what its sliding window leaves."""
+        windows = (layer.sliding_window for layer in self._owner.cache.layers)
+        return [self.prompt_length if window is None else min(window, self.prompt_length) for window in windows]
 
     def earlier(self) -> list[LayerView]:
         """The layers before this one, to look at what they hold and to drop more of it."""
@@ -92,7 +103,7 @@ class LayerView:
         if self._query.window is not None:
             hidden = hidden | (at <= asked[:, None] - self._query.window)
         logits = logits.masked_fill(hidden, float("-inf"))
-        weights = logits.softmax(-1)
+        weights = logits.softmax(-1).nan_to_num(0.0)  # a query all of whose entries are gone pays nothing
         if self._query.sinks is not None:
             share = sink_share(logits.logsumexp(-1).flatten(1, 2), self._query.sinks)  # [B, Hq, W]
             weights = weights * share.view(*weights.shape[:-1], 1)
@@ -229,18 +240,17 @@ class WorkbenchLayer(CacheLayerMixin):
                 part.on_chunk(self.view(number, query))
         if query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP):
             self.store.drop_before(self.seen - query.window)
-        for number, part in enumerate(parts):
-            if ends_prompt:
-                part.after_prefill(self.view(number, query))
-            elif not in_prompt:
-                part.after_step(self.view(number, query))
         if ends_prompt:
+            cache.finish_layer(self, query)
             self.recent_queries = None
+        elif not in_prompt:
+            for number, part in enumerate(parts):
+                part.after_step(self.view(number, query))
         if not in_prompt:
             self.store.settle()
         cache.note_bytes(self)
         if ends_prompt and self.index == len(cache.layers) - 1:
-            cache.finish_prompt(query)
+            cache.finish_prompt()
 
     def _remember_queries(self, q: Tensor) -> None:
         window = self.cache.recipe.query_window

@@ -140,6 +140,8 @@ class Strategy(Declared):
         needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
         keeps_acting: True when it acts at every generated token.
         ragged: True when heads may keep different numbers of entries.
+        spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
+            recipe then act after that.
     """
 
     family: ClassVar[str] = ""
@@ -153,6 +155,10 @@ class Strategy(Declared):
 
     @property
     def ragged(self) -> bool:
+        return False
+
+    @property
+    def spans_layers(self) -> bool:
         return False
 
     @property
