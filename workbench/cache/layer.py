@@ -12,6 +12,7 @@ from workbench.cache.growable import MIN_SPARE
 from workbench.cache.segments import Query, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import WorkbenchError
+from workbench.models.projections import output_weight
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class LayerView:
         """int32 [B, H, n]: the position of every entry in the token sequence."""
         return self._owner.store.all_positions()
 
+    def output_weight(self) -> Tensor:
+        """[Hq, D, hidden]: what the model multiplies each query head's output by. RecipeError where it has no such."""
+        assert self._owner.module is not None
+        return output_weight(self._owner.module, self.chunk.shape[1])
+
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
         recent = self._owner.recent_queries
@@ -143,6 +149,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.store: Store = Store(1, 1)
         self.seen = 0
+        self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
         self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -269,6 +276,6 @@ class WorkbenchLayer(CacheLayerMixin):
     def clone(self, cache: WorkbenchCache) -> WorkbenchLayer:
         twin = WorkbenchLayer(self.index, cache, self.sliding_window)
         twin.store, twin.seen, twin.is_initialized = self.store.clone(), self.seen, self.is_initialized
-        twin.recent_queries = self.recent_queries
+        twin.module, twin.recent_queries = self.module, self.recent_queries
         twin.states = [dict(state) for state in self.states]  # strategies replace tensors, never write into them
         return twin
