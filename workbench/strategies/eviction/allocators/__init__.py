@@ -2,6 +2,8 @@
 
 from workbench.strategies.eviction.allocators.adakv import AdaKVAllocator
 from workbench.strategies.eviction.allocators.chunks import ChunkSelector
+from workbench.strategies.eviction.allocators.flat import FlatAllocator
+from workbench.strategies.eviction.allocators.global_ import GlobalAllocator
 from workbench.strategies.eviction.allocators.pyramidkv import PyramidAllocator
 from workbench.strategies.eviction.base import Allocator, Selector
 
@@ -9,5 +11,7 @@ ALLOCATORS: dict[str | None, type[Allocator]] = {
     None: Allocator,
     "adakv": AdaKVAllocator,
     "pyramidkv": PyramidAllocator,
+    "flat": FlatAllocator,
+    "global": GlobalAllocator,
 }
 SELECTORS: dict[str | None, type[Selector]] = {None: Selector, "chunks": ChunkSelector}
