@@ -19,7 +19,7 @@ EVICTIONS = [key for key, cls in registry().items() if issubclass(cls, Eviction)
 STEPWISE = [key for key in EVICTIONS if issubclass(registry()[key], StepwiseEviction)]
 RAGGED = [key for key, cls in registry().items() if cls().ragged]
 TOGETHER = {"defensivekv": 1, "layer_defensivekv": 3}  # layers whose heads share a budget that is rounded on their sum
-UNEVEN = {"pyramidkv"}  # layers keep different numbers
+UNEVEN = {"pyramidkv", "cake"}  # layers keep different numbers
 CHUNKS = {"chunkkv"}  # whole chunks: fewer than the budget allows, maybe
 EVEN = [key for key in EVICTIONS if key not in {*RAGGED, *UNEVEN, *CHUNKS}]
 BYTES_OF_POSITION = 4
@@ -129,6 +129,7 @@ def attention_mask(held: list[list[int]], heads: int, tokens: int) -> torch.Tens
 ONCE = [f"{key}(budget=0.2{', recompress_every=0' if key in STEPWISE else ''})" for key in EVICTIONS]
 EMPTY_HEADS = ['random(budget=1, allocator="flat", seed=1)', 'knorm(budget=1, allocator="global")']
 SMALL_WINDOWS = [
+    "cake(budget=20, window=4, recompress_every=0)",
     "defensivekv(budget=20, window=4)",
     "layer_defensivekv(budget=20, window=4)",
     'adakv(scorer="critical", budget=20, window=4)',

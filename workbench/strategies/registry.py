@@ -10,6 +10,7 @@ from typing import Any
 from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
+from workbench.strategies.eviction.cake import CAKE
 from workbench.strategies.eviction.chunkkv import ChunkKV
 from workbench.strategies.eviction.critical import CriticalKV
 from workbench.strategies.eviction.defensivekv import DefensiveKV, LayerDefensiveKV
@@ -29,6 +30,7 @@ OURS: list[type[Strategy]] = [
     PyramidKV,
     ChunkKV,
     CriticalKV,
+    CAKE,
     DefensiveKV,
     LayerDefensiveKV,
     H2O,

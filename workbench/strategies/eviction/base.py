@@ -107,7 +107,7 @@ class Eviction(Strategy):
     )
     allocator: Any = param.Selector(
         default=None,
-        objects=[None, "adakv", "pyramidkv", "flat", "global"],
+        objects=[None, "adakv", "pyramidkv", "flat", "global", "cake"],
         doc="who shares the budget over layers and heads; without one every head keeps the same number",
         precedence=7,
     )

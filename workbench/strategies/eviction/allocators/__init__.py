@@ -1,6 +1,7 @@
 """Allocators and selectors by the name they have in a recipe: ``snapkv(allocator="adakv", selector=…)``."""
 
 from workbench.strategies.eviction.allocators.adakv import AdaKVAllocator
+from workbench.strategies.eviction.allocators.cake import CakeAllocator
 from workbench.strategies.eviction.allocators.chunks import ChunkSelector
 from workbench.strategies.eviction.allocators.flat import FlatAllocator
 from workbench.strategies.eviction.allocators.global_ import GlobalAllocator
@@ -13,5 +14,6 @@ ALLOCATORS: dict[str | None, type[Allocator]] = {
     "pyramidkv": PyramidAllocator,
     "flat": FlatAllocator,
     "global": GlobalAllocator,
+    "cake": CakeAllocator,
 }
 SELECTORS: dict[str | None, type[Selector]] = {None: Selector, "chunks": ChunkSelector}
