@@ -86,7 +86,7 @@ RECIPES = {
         "first_stage={first_stage_ratio})"
     ),
     "CriticalAdaKVPress(SnapKVPress)": (
-        'critical_adakv(scorer="snapkv", budget={budget}, window={window_size}, kernel={kernel_size}, '
+        'adakv(scorer="critical", budget={budget}, window={window_size}, kernel={kernel_size}, '
         "epsilon={epsilon}, first_stage={first_stage_ratio}, alpha={alpha_safeguard})"
     ),
     "ThinKPress": "think(ratio={ratio}, window={window_size})",

@@ -10,7 +10,10 @@ from typing import Any
 from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
+from workbench.strategies.eviction.cake import CAKE
 from workbench.strategies.eviction.chunkkv import ChunkKV
+from workbench.strategies.eviction.critical import CriticalKV
+from workbench.strategies.eviction.defensivekv import DefensiveKV, LayerDefensiveKV
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.knorm import KNorm
 from workbench.strategies.eviction.pyramidkv import PyramidKV
@@ -21,7 +24,22 @@ from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 
 GROUP = "kv_workbench.strategies"
-OURS: list[type[Strategy]] = [SnapKV, AdaKV, PyramidKV, ChunkKV, H2O, TOVA, StreamingLLM, KNorm, Random, KIVI]
+OURS: list[type[Strategy]] = [
+    SnapKV,
+    AdaKV,
+    PyramidKV,
+    ChunkKV,
+    CriticalKV,
+    CAKE,
+    DefensiveKV,
+    LayerDefensiveKV,
+    H2O,
+    TOVA,
+    StreamingLLM,
+    KNorm,
+    Random,
+    KIVI,
+]
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class H2O(StepwiseEviction):
     def after_prefill(self, view: LayerView) -> None:
         super().after_prefill(view)
         if not self.keeps_acting:
-            view.state.clear()  # the sums are needed no more
+            del view.state["received"]  # needed no more
 
     def after_step(self, view: LayerView) -> None:
         if self.keeps_acting:
@@ -51,7 +51,8 @@ class H2O(StepwiseEviction):
         return protect_last(newest(view.state["received"], view.length), recent)
 
     def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
-        if isinstance(index, Tensor):  # heads of different lengths are cut once only, and the sums are then done with
+        # Heads of different lengths are cut once only; an allocator across layers may cut after the sums are done with.
+        if isinstance(index, Tensor) and "received" in view.state:
             view.state["received"] = newest(view.state["received"], view.length).gather(-1, index)
         view.keep(index)
 

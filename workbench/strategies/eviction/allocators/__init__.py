@@ -1,7 +1,10 @@
 """Allocators and selectors by the name they have in a recipe: ``snapkv(allocator="adakv", selector=…)``."""
 
 from workbench.strategies.eviction.allocators.adakv import AdaKVAllocator
+from workbench.strategies.eviction.allocators.cake import CakeAllocator
 from workbench.strategies.eviction.allocators.chunks import ChunkSelector
+from workbench.strategies.eviction.allocators.flat import FlatAllocator
+from workbench.strategies.eviction.allocators.global_ import GlobalAllocator
 from workbench.strategies.eviction.allocators.pyramidkv import PyramidAllocator
 from workbench.strategies.eviction.base import Allocator, Selector
 
@@ -9,5 +12,8 @@ ALLOCATORS: dict[str | None, type[Allocator]] = {
     None: Allocator,
     "adakv": AdaKVAllocator,
     "pyramidkv": PyramidAllocator,
+    "flat": FlatAllocator,
+    "global": GlobalAllocator,
+    "cake": CakeAllocator,
 }
 SELECTORS: dict[str | None, type[Selector]] = {None: Selector, "chunks": ChunkSelector}

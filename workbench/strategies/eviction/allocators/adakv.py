@@ -24,7 +24,8 @@ class AdaKVAllocator(Allocator):
     def after_prefill(self, method: Eviction, view: LayerView) -> None:
         count = self.count(method, view)
         if count < view.length:
-            method.keep(view, self.select(method.score(view), count))
+            rows = self.select(method.need(view), count)
+            method.keep(view, method.choose(view, rows, int(count * self.alpha)))
 
     def select(self, scores: Tensor, count: int) -> list[Tensor]:
         """Entries kept by each row: the best ``count * H`` of a layer's flattened scores, ``int(count * alpha)`` safe.
