@@ -160,8 +160,8 @@ def test_hover_links_views_of_a_group_without_python(
         expect(canvas).to_have_attribute("aria-label", SOMETHING)
     cell = {"layer": 1, "head": 0}
     x, y = box(canvases[0], cell)["x"], box(canvases[0], cell)["y"] + 1
+    stage.page.wait_for_timeout(300)  # for fonts and the last resize
     before = [canvas.evaluate("node => node.toDataURL()") for canvas in canvases]
-    stage.page.wait_for_timeout(300)
     quiet = len(sent)
     stage.page.evaluate("window.heard = []; addEventListener('kvw:hover', (e) => window.heard.push(e.detail))")
     canvases[0].hover(position=middle(canvases[0], cell))
