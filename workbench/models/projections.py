@@ -27,7 +27,8 @@ def output_weight(attention: nn.Module, heads: int) -> Tensor:
         projection = getattr(attention, name, None)
         weight = getattr(projection, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.dtype in PLAIN and not weight.is_meta:
-            inputs_first = weight if isinstance(projection, Conv1D) else weight.T  # GPT-2's Conv1D is transposed
+            transposed = not isinstance(projection, Conv1D)  # GPT-2's is inputs by outputs, the others the reverse
+            inputs_first = weight.detach().T if transposed else weight.detach()
             if inputs_first.shape[0] % heads == 0:
                 return inputs_first.unflatten(0, (heads, -1))
     raise RecipeError(

@@ -36,7 +36,7 @@ class CriticalKV(Wrapper):
         return self.inner.need(view)
 
     def choose(self, view: LayerView, rows: list[Tensor], safe: int) -> list[Tensor]:
-        plain = self.inner.score(view).flatten(0, 1)  # [B * H, n]
+        plain = self.need(view).flatten(0, 1)  # [B * H, n]
         norms = value_norms(view.values(), view.output_weight()).flatten(0, 1)
         chosen = []
         for row, best in enumerate(rows):
