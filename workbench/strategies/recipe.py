@@ -41,6 +41,19 @@ class Recipe:
         """Whether a strategy must watch the prompt being read."""
         return any(part.needs_prompt for part in self.parts)
 
+    @property
+    def needs_token_set(self) -> bool:
+        """Whether a strategy lets tokens of the prompt stay behind between two layers."""
+        return any(part.needs_token_set for part in self.parts)
+
+    def not_a_drop_in(self) -> RecipeError:
+        """Why a cache with this recipe cannot be handed to a model, which gives every layer every token."""
+        part = next(part for part in self.parts if part.needs_token_set)
+        return RecipeError(
+            f"{part.key} gives the later layers fewer tokens, which a cache in model.generate cannot do; run it with "
+            "wb.compare, kvw compare or the app, which drive the layers one by one."
+        )
+
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
         """Read a recipe; RecipeError says in one sentence what is wrong with it."""
@@ -126,6 +139,11 @@ def _check_order(parts: tuple[Strategy, ...]) -> None:
             raise RecipeError(
                 f"{part.key} cannot follow {coded.key}: entries are held by one codec; use one of the two."
             )
+    choosing = [part.key for part in parts if part.needs_token_set]
+    if len(choosing) > 1:
+        raise RecipeError(
+            f"{' and '.join(choosing)} would both choose the tokens that the later layers are given; use one of the two."
+        )
     acting = next((p for p in parts if p.family == "eviction" and p.keeps_acting), None)
     coded = next((p for p in parts if p.family == "quantization"), None)
     if acting is not None and coded is not None:

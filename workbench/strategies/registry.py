@@ -67,8 +67,13 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": ["queries"] if cls().query_window else [],
+        "needs": needs(cls()),
     }
+
+
+def needs(part: Strategy) -> list[str]:
+    """What a strategy takes beside keys and values: the prompt's last queries, the choice of later layers' tokens."""
+    return ["queries"] * bool(part.query_window) + ["token_set"] * part.needs_token_set
 
 
 def strategies() -> list[dict[str, Any]]:
