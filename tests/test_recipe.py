@@ -140,7 +140,7 @@ def test_monsters_are_recipes_or_recipe_errors(text: str) -> None:
         ("full full", "cannot be read"),
         ("snapkw(budget=0.5)", "Did you mean snapkv?"),
         ("kivy", "Did you mean kivi?"),
-        ("nothing_like_it", "Known: adakv, chunkkv, h2o"),
+        ("nothing_like_it", "Known: adakv, chunkkv, fastkv"),
         ("snapkv(budgt=0.5)", "Did you mean budget?"),
         ("snapkv(0.5)", "name its parameters, like snapkv(budget=0.25)"),
         ("full(0.5)", "full"),

@@ -11,6 +11,7 @@ from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
 from workbench.strategies.eviction.chunkkv import ChunkKV
+from workbench.strategies.eviction.fastkv import FastKV
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.knorm import KNorm
 from workbench.strategies.eviction.pyramidkv import PyramidKV
@@ -21,7 +22,7 @@ from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 
 GROUP = "kv_workbench.strategies"
-OURS: list[type[Strategy]] = [SnapKV, AdaKV, PyramidKV, ChunkKV, H2O, TOVA, StreamingLLM, KNorm, Random, KIVI]
+OURS: list[type[Strategy]] = [SnapKV, AdaKV, PyramidKV, ChunkKV, H2O, TOVA, StreamingLLM, KNorm, Random, FastKV, KIVI]
 
 
 @functools.cache
