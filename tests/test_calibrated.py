@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.builders import build, cache_for, feed, network, prompt
+from tests.builders import cache_for, feed, network, prompt
 from tests.checkpoints import write_checkpoint
 from workbench.cache.cache import WorkbenchCache
 from workbench.calibration import layer_errors, needles
@@ -256,14 +256,6 @@ def test_the_error_of_a_cache_that_keeps_everything_is_none(tiny: Model, monkeyp
     assert len(small) == 2 and min(small) > 0.01
     monkeypatch.setattr(layer_errors, "SMALL", 60)
     assert layer_errors.prompt_errors(tiny, prompt(60), artifacts) == pytest.approx([0.0, 0.0], abs=1e-3)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "phi3", "gpt-oss", "gemma3", "cohere"])
-def test_output_projections_are_found_layer_by_layer(name: str) -> None:
-    model = build(name)
-    found = layer_errors.output_projections(model.network)
-    heads = torch.zeros(1, 2, model.geometry.num_heads * model.geometry.head_dim)
-    assert [project(heads).shape[-1] for project in found] == [model.geometry.hidden_size] * 3
 
 
 def test_a_calibration_is_whole_and_serves_its_method(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

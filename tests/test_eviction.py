@@ -10,7 +10,7 @@ import torch
 import workbench as wb
 from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
 from workbench.cache.cache import WorkbenchCache
-from workbench.strategies.base import tokens_kept
+from workbench.strategies.base import tokens_kept, tokens_kept_together
 from workbench.strategies.eviction.base import Eviction, StepwiseEviction
 from workbench.strategies.recipe import Recipe
 from workbench.strategies.registry import registry
@@ -19,7 +19,8 @@ LENGTH = 90
 EVICTIONS = [key for key, cls in registry().items() if issubclass(cls, Eviction)]
 STEPWISE = [key for key in EVICTIONS if issubclass(registry()[key], StepwiseEviction)]
 RAGGED = [key for key, cls in registry().items() if cls().ragged]
-UNEVEN = {"pyramidkv", "compresskv"}  # layers keep different numbers
+TOGETHER = {"defensivekv": 1, "layer_defensivekv": 3}  # layers whose heads share a budget that is rounded on their sum
+UNEVEN = {"pyramidkv", "cake", "compresskv"}  # layers keep different numbers
 GLOBAL = {"headkv"}  # one budget for all layers together
 CHUNKS = {"chunkkv"}  # whole chunks: fewer than the budget allows, maybe
 EVEN = [key for key in EVICTIONS if key not in {*RAGGED, *UNEVEN, *CHUNKS}]
@@ -71,6 +72,12 @@ def test_as_many_entries_stay_as_the_budget_says(key: str, budget: float | int) 
         held = sum(len(head) for layer in layers for head in layer)
         share = budget if isinstance(budget, float) else min(budget, LENGTH) / LENGTH
         assert held <= max(count, share * LENGTH) * len(layers) * len(layers[0]) + len(layers)  # each layer rounds
+    elif key in TOGETHER:
+        rows = [len(head) for layer in layers for head in layer]
+        shared = TOGETHER[key] * len(layers[0])
+        expected = tokens_kept_together(budget, LENGTH, shared)
+        assert expected <= shared * max(count, budget * LENGTH if isinstance(budget, float) else count)
+        assert all(sum(rows[first : first + shared]) == expected for first in range(0, len(rows), shared))
     elif key in GLOBAL:
         assert sum(len(head) for layer in layers for head in layer) == count * len(layers) * len(layers[0])
     elif key in RAGGED:
@@ -128,14 +135,25 @@ def attention_mask(held: list[list[int]], heads: int, tokens: int) -> torch.Tens
     return mask
 
 
+ONCE = [f"{key}(budget=0.2{', recompress_every=0' if key in STEPWISE else ''})" for key in EVICTIONS]
+EMPTY_HEADS = ['random(budget=1, allocator="flat", seed=1)', 'knorm(budget=1, allocator="global")']
+SMALL_WINDOWS = [
+    "cake(budget=20, window=4, recompress_every=0)",
+    "defensivekv(budget=20, window=4)",
+    "layer_defensivekv(budget=20, window=4)",
+    'adakv(scorer="critical", budget=20, window=4)',
+]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-neox"])
-def test_generation_after_eviction_is_the_model_under_a_mask(key: str, name: str) -> None:
+@pytest.mark.parametrize("recipe", [*ONCE, *EMPTY_HEADS, *SMALL_WINDOWS])
+def test_generation_after_eviction_is_the_model_under_a_mask(recipe: str, name: str) -> None:
     """Against plain eager attention with, per layer and head, a mask that hides what was dropped."""
-    recipe = f"{key}(budget=0.2, recompress_every=0)" if key in STEPWISE else f"{key}(budget=0.2)"
     model, ids, later = build(name), prompt(LENGTH), prompt(6, seed=1)
     cache = cache_for(model, recipe)
     feed(model, cache, ids)
     held = kept(cache)
+    assert recipe not in EMPTY_HEADS or any(not head for layer in held for head in layer)
     ours = feed(model, cache, later, 1)
 
     plain, heads = network(name, "eager"), model.geometry.num_heads
@@ -178,14 +196,14 @@ def test_recompress_every_0_acts_once(key: str) -> None:
     assert not Recipe.parse(f"{key}(recompress_every=0)").parts[0].keeps_acting
 
 
-@pytest.mark.parametrize("scorer", [key for key in EVEN if registry()[key].scores_alone])
+@pytest.mark.parametrize("scorer", [key for key in EVICTIONS if registry()[key].scores_alone])
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_adakv_takes_every_scorer_and_guards_every_head(scorer: str, alpha: float) -> None:
     cache = run(f'adakv(scorer="{scorer}", budget=20, alpha={alpha})', later=2)
     for layer in kept(cache):
         assert sum(map(len, layer)) == 44
         assert min(map(len, layer)) >= int(20 * alpha) + 2
-    if alpha == 1.0:
+    if alpha == 1.0 and scorer in EVEN:
         once = ", recompress_every=0" if scorer in STEPWISE else ""
         inner = run(f"{scorer}(budget=20{once})")
         assert [[h[:20] for h in layer] for layer in kept(cache)] == kept(inner)

@@ -211,19 +211,12 @@ class Drawer(pn.viewable.Viewer):
         ) + "</p>"  # fmt: skip
 
 
-# Chosen by running it: with the house model the lanes of a new session truly differ here.
-OPENING: dict[str, Any] = {"length_tokens": 500, "depth": 0.4, "seed": 2, "kind": "colour"}
-
-
 def ready(model: wb.Model) -> list[Example]:
     """The ready examples for a model, the one a session opens with first."""
     try:
-        made = examples(model)
-        if made:
-            made.insert(0, needle(model, **OPENING))
+        return examples(model)
     except wb.WorkbenchError:  # this model's tokenizer cannot tell where the evidence is
         return []
-    return [example for example in made if example.tokens < model.geometry.max_positions]
 
 
 def library() -> str:

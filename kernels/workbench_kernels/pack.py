@@ -6,6 +6,7 @@ codes sits at bits ``[bits * j, bits * (j + 1))``.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+        raise ImportError("nothing here runs Triton's kernels, and importing it takes a while")
     import triton
     import triton.language as tl
-except ImportError:  # no Triton for this platform: the torch twin below does the work
+except ImportError:  # the torch twin below does the work
     triton = None
 
 BITS = (2, 4, 8)

@@ -148,7 +148,9 @@ def test_python_picks_and_redraws(open_views: Callable[..., Stage], eventually: 
     assert pane.selected == {}
 
 
-def test_hover_links_views_of_a_group_without_python(open_views: Callable[..., Stage]) -> None:
+def test_hover_links_views_of_a_group_without_python(
+    open_views: Callable[..., Stage], eventually: Callable[..., None]
+) -> None:
     stage = open_views(lambda: matrix("one"), lambda: matrix("one"), lambda: matrix("two"), lambda: strip("one"))
     sent: list[Any] = []
     stage.page.on("websocket", lambda channel: channel.on("framesent", lambda frame: sent.append(frame)))
@@ -158,8 +160,8 @@ def test_hover_links_views_of_a_group_without_python(open_views: Callable[..., S
         expect(canvas).to_have_attribute("aria-label", SOMETHING)
     cell = {"layer": 1, "head": 0}
     x, y = box(canvases[0], cell)["x"], box(canvases[0], cell)["y"] + 1
+    stage.page.wait_for_timeout(300)  # for fonts and the last resize
     before = [canvas.evaluate("node => node.toDataURL()") for canvas in canvases]
-    stage.page.wait_for_timeout(300)
     quiet = len(sent)
     stage.page.evaluate("window.heard = []; addEventListener('kvw:hover', (e) => window.heard.push(e.detail))")
     canvases[0].hover(position=middle(canvases[0], cell))
@@ -170,8 +172,7 @@ def test_hover_links_views_of_a_group_without_python(open_views: Callable[..., S
     assert stage.page.evaluate("window.heard") == [{"group": "one", **cell}]
     assert read(canvases[1], x, y)["pixel"] == read(canvases[0], x, y)["pixel"]
     stage.page.mouse.move(2, 2)
-    stage.page.wait_for_timeout(100)
-    assert [canvas.evaluate("node => node.toDataURL()") for canvas in canvases] == before
+    eventually(lambda: [canvas.evaluate("node => node.toDataURL()") for canvas in canvases] == before)
     canvases[3].hover(position=middle(canvases[3], 3))
     stage.page.wait_for_timeout(100)
     assert stage.page.evaluate("window.heard")[-1] == {"group": "one", "token": 3}

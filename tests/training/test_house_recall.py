@@ -31,16 +31,10 @@ def share_right(recall, documents: int, length: int) -> float:
     return sum(answered(model, tokenizer, text.document(s, length, tokenizer)) for s in range(documents)) / documents
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the aim for the shipped weights, not reached yet: see the model card's limitations"
-)
-def test_it_answers_held_out_questions_of_500_tokens(recall):
-    assert share_right(recall, 20, 500) >= 0.95
-
-
-def test_it_answers_far_more_than_luck_would(recall):
-    """Luck among values of the right kind is about one in eight; the card says what is measured."""
-    assert share_right(recall, 40, 500) >= 0.28
+@pytest.mark.parametrize("length, least", [(512, 0.95), (1024, 0.9), (2048, 0.85)])
+def test_it_answers_held_out_questions(recall, length, least):
+    """The aims are 98, 95 and 90 %, and the card says what was measured; 20 documents leave room for chance."""
+    assert share_right(recall, 20, length) >= least
 
 
 def test_it_needs_the_fact(recall):

@@ -14,7 +14,7 @@ def small(monkeypatch):
 
     def shrunk(*args):
         config = full(*args)
-        config.num_hidden_layers, config.intermediate_size = 1, 64
+        config.num_hidden_layers, config.intermediate_size = 2, 64
         return config
 
     monkeypatch.setattr(train, "model_config", shrunk)
@@ -68,3 +68,18 @@ def test_a_broken_checkpoint_is_one_clear_sentence(tmp_path):
 def test_minutes_or_steps_but_not_both(tmp_path):
     with pytest.raises(ValueError, match="minutes or steps, not both"):
         train.train(tmp_path, minutes=1, steps=1)
+
+
+def test_training_starts_from_an_induction_circuit(tmp_path):
+    model = train.Training(tmp_path, device="cpu").model.eval()
+    model.set_attn_implementation("eager")
+    torch.manual_seed(1)
+    ids = torch.randint(2, model.config.vocab_size, (2, 60)).repeat(1, 2)  # 60 random tokens, twice
+    with torch.inference_mode():
+        first, second = model(input_ids=ids, output_attentions=True).attentions
+    heads = range(model.config.num_attention_heads)
+    back = [
+        first[:, h].diagonal(-(1 + h // 4), 1, 2).mean() for h in heads
+    ]  # one token in the first group, two in the second
+    assert min(back) > 0.8
+    assert second[:, :4].diagonal(-59, 2, 3)[..., 1:].mean() > 0.25  # what followed the same token

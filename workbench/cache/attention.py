@@ -36,6 +36,7 @@ def workbench_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: WorkbenchLayer | None = getattr(key, "_workbench_layer", None)
     if layer is not None:
+        layer.module = module
         out = layer.attend(query, scale, window=sliding_window, softcap=softcap, sinks=s_aux, padding=attention_mask)
     else:
         out = _without_cache(query, key, value, scale, sliding_window, softcap, s_aux, attention_mask)

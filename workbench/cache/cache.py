@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -68,6 +68,7 @@ class WorkbenchCache(Cache):
         self._layer_bytes = [0] * geometry.num_layers
         self._chunk_bytes = [0] * geometry.num_layers  # with the prompt's last chunk, before anything was dropped
         self._before_chunk = (0, [0] * geometry.num_layers)  # the peak and the layers' bytes before that chunk
+        self._asked: list[Query] = []  # per layer read so far: the prompt's last queries, until the prompt is finished
         super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
         recipe.check(geometry, artifacts)
 
@@ -109,15 +110,31 @@ class WorkbenchCache(Cache):
         for layer, query in zip(self.layers, queries, strict=True):
             self._layer_bytes[layer.index] = self._chunk_bytes[layer.index]
             self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes))
-            for number, part in enumerate(self.recipe.parts):
-                part.after_prefill(layer.view(number, query))
+            self.finish_layer(layer, query)
             self.note_bytes(layer)
-        self.finish_prompt(queries[-1])
+        self.finish_prompt()
 
-    def finish_prompt(self, query: Query) -> None:
-        """After the last layer: decisions across layers. ``query`` is the last layer's; the views' chunk is its."""
+    def finish_layer(self, layer: WorkbenchLayer, query: Query) -> None:
+        """The prompt was read in ``layer``: the parts act on it, up to one that spans layers; the rest waits for that."""
+        q = query.q if layer.recent_queries is None else layer.recent_queries
+        q = q[:, :, -max(1, self.recipe.query_window) :].clone()  # a copy, so that the rest of the chunk can be freed
+        self._asked.append(replace(query, q=q, start=query.stop - q.shape[2]))
         for number, part in enumerate(self.recipe.parts):
-            part.after_prompt([layer.view(number, query) for layer in self.layers])
+            part.after_prefill(layer.view(number, query))
+            if part.spans_layers:
+                break
+
+    def finish_prompt(self) -> None:
+        """After the last layer: decisions across layers, and the parts that waited for them."""
+        waited = False
+        for number, part in enumerate(self.recipe.parts):
+            views = [layer.view(number, query) for layer, query in zip(self.layers, self._asked, strict=True)]
+            if waited:
+                for view in views:
+                    part.after_prefill(view)
+            part.after_prompt(views)
+            waited = waited or part.spans_layers
+        self._asked = []
         for layer in self.layers:
             self.note_bytes(layer)
 

@@ -12,6 +12,7 @@ from workbench.cache.growable import MIN_SPARE
 from workbench.cache.segments import Query, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
+from workbench.models.projections import output_weight
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class LayerView:
     Attributes:
         layer: index of the layer.
         prompt_length: tokens of the prompt.
+        in_prompt: whether the chunk just attended began in the prompt; False while generating.
         seen: tokens seen so far, kept or not.
-        chunk: queries of the chunk just attended [B, Hq, Tq, D], after RoPE.
+        chunk: queries of the chunk just attended [B, Hq, Tq, D], after RoPE; after the last layer, the end of it.
         state: this strategy's own tensors for this layer; counted as cache memory.
     """
 
@@ -41,7 +43,12 @@ class LayerView:
         self._owner, self._query, self._part, self.state = owner, query, part, owner.states[part]
         self.layer, self.seen = owner.index, owner.seen
         self.prompt_length = owner.cache.prompt_length or owner.seen
+        self.in_prompt = query.start < self.prompt_length
         self.chunk = query.q
+
+    @property
+    def batch(self) -> int:
+        return self._owner.store.batch
 
     @property
     def kv_heads(self) -> int:
@@ -50,6 +57,11 @@ class LayerView:
     @property
     def num_layers(self) -> int:
         return len(self._owner.cache.layers)
+
+    def prompt_entries(self) -> list[int]:
+        """Entries that each layer of the model can hold of the prompt: all, or what its sliding window leaves."""
+        windows = (layer.sliding_window for layer in self._owner.cache.layers)
+        return [self.prompt_length if window is None else min(window, self.prompt_length) for window in windows]
 
     def artifact(self, part: Declared) -> Artifact:
         """What was calibrated or trained for this model and ``part`` (a strategy, allocator or selector) needs."""
@@ -95,6 +107,11 @@ class LayerView:
         """int32 [B, H, n]: the position of every entry in the token sequence."""
         return self._owner.store.all_positions()
 
+    def output_weight(self) -> Tensor:
+        """[Hq, D, hidden]: what the model multiplies each query head's output by. RecipeError where it has no such."""
+        assert self._owner.module is not None
+        return output_weight(self._owner.module, self.chunk.shape[1])
+
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
         recent = self._owner.recent_queries
@@ -114,7 +131,7 @@ class LayerView:
         if self._query.window is not None:
             hidden = hidden | (at <= asked[:, None] - self._query.window)
         logits = logits.masked_fill(hidden, float("-inf"))
-        weights = logits.softmax(-1)
+        weights = logits.softmax(-1).nan_to_num(0.0)  # a query all of whose entries are gone pays nothing
         if self._query.sinks is not None:
             share = sink_share(logits.logsumexp(-1).flatten(1, 2), self._query.sinks)  # [B, Hq, W]
             weights = weights * share.view(*weights.shape[:-1], 1)
@@ -159,6 +176,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.store: Store = Store(1, 1)
         self.seen = 0
+        self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
         self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -256,18 +274,17 @@ class WorkbenchLayer(CacheLayerMixin):
                 part.on_chunk(self.view(number, query))
         if query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP):
             self.store.drop_before(self.seen - query.window)
-        for number, part in enumerate(parts):
-            if ends_prompt:
-                part.after_prefill(self.view(number, query))
-            elif not in_prompt:
-                part.after_step(self.view(number, query))
         if ends_prompt:
+            cache.finish_layer(self, query)
             self.recent_queries = None
+        elif not in_prompt:
+            for number, part in enumerate(parts):
+                part.after_step(self.view(number, query))
         if not in_prompt:
             self.store.settle()
         cache.note_bytes(self)
         if ends_prompt and self.index == len(cache.layers) - 1:
-            cache.finish_prompt(query)
+            cache.finish_prompt()
 
     def _remember_queries(self, q: Tensor) -> None:
         window = self.cache.recipe.query_window
@@ -286,6 +303,6 @@ class WorkbenchLayer(CacheLayerMixin):
     def clone(self, cache: WorkbenchCache) -> WorkbenchLayer:
         twin = WorkbenchLayer(self.index, cache, self.sliding_window)
         twin.store, twin.seen, twin.is_initialized = self.store.clone(), self.seen, self.is_initialized
-        twin.recent_queries = self.recent_queries
+        twin.module, twin.recent_queries = self.module, self.recent_queries
         twin.states = [dict(state) for state in self.states]  # strategies replace tensors, never write into them
         return twin

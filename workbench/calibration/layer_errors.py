@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from workbench.cache.cache import WorkbenchCache
 from workbench.calibration.needles import Told
 from workbench.errors import ArtifactError
 from workbench.evaluation import tasks
+from workbench.models.projections import output_weight
 from workbench.runs.decode import end_tokens
 from workbench.runs.prompt import forward
 from workbench.runs.reference import QueryRecorder
@@ -29,7 +30,6 @@ SMALL = 32  # tokens that the small cache keeps of the prompt, 8 of them the win
 MOST_TOKENS = 32  # generated
 EPSILON = 1e-5  # as in the paper's code
 FIRST_SEED = 8_000_000  # prompts of no evaluation
-PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")  # what transformers calls an attention's last matrix
 
 TASKS: dict[str, Callable[[Model, int], tasks.Example]] = {
     "needle": lambda model, seed: tasks.needle(model, 500, (seed % 10) / 9, seed),
@@ -40,17 +40,6 @@ TASKS: dict[str, Callable[[Model, int], tasks.Example]] = {
 }
 
 
-def output_projections(network: Any) -> list[Any]:
-    """The last matrix of every layer's attention, which makes its output of the heads' [B, T, Hq * D]."""
-    return [
-        getattr(module, name)
-        for module in network.modules()
-        if hasattr(module, "layer_idx")
-        for name in PROJECTIONS
-        if hasattr(module, name)
-    ]
-
-
 @dataclass
 class OutputError:
     """A probe of a full cache: what a small cache of the same tokens would have attended to instead.
@@ -59,34 +48,28 @@ class OutputError:
     """
 
     small: WorkbenchCache
-    projections: list[Any]
-    total: list[float] = field(default_factory=list)
+    total: list[float]
 
     def on_attention(self, layer: WorkbenchLayer, query: Query, out: Tensor) -> None:
         store = self.small.layers[layer.index].store
         fresh = query.q.shape[2]
         store.append(layer.store.keys()[:, :, -fresh:], layer.store.values()[:, :, -fresh:], query.start)
-        project = self.projections[layer.index]
-        full, small = (project(heads.transpose(1, 2).flatten(2)).float() for heads in (out, store.attend(query)))
+        assert layer.module is not None  # it is attending
+        weight = output_weight(layer.module, out.shape[1]).float()  # [Hq, D, hidden]
+        full, small = (torch.einsum("bhtd,hde->bte", heads.float(), weight) for heads in (out, store.attend(query)))
         self.total[layer.index] += float((small - full).norm() / (full.norm() + EPSILON))
 
 
 def prompt_errors(model: Model, ids: list[int], artifacts: Artifacts) -> list[float]:
     """Errors per layer, summed over the tokens that the model says after a prompt."""
-    layers, part = model.geometry.num_layers, CompressKV(budget=SMALL, most=1.0)
-    projections = output_projections(model.network)
-    if len(projections) != layers:
-        raise ArtifactError(
-            f"The output projections of {model.id} were not found, so its layer errors cannot be measured; use headkv "
-            "or snapkv with this model."
-        )
+    part = CompressKV(budget=SMALL, most=1.0)
     recorder = QueryRecorder(part.query_window)
     cache = WorkbenchCache(Recipe(), model.geometry, len(ids), [recorder], artifacts)
     logits = forward(model, cache, ids)
     small = cache.clone(Recipe((part,)))
     with torch.inference_mode():
         small.apply_recipe(recorder.take())
-    probe = OutputError(small, projections, [0.0] * layers)
+    probe = OutputError(small, [0.0] * model.geometry.num_layers)
     cache.probes = [probe]
     ends = end_tokens(model)
     for _ in range(MOST_TOKENS):

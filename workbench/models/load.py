@@ -1,4 +1,7 @@
-"""``wb.load``: a causal LM by house name, local folder or Hub id. safetensors only; remote code never runs."""
+"""``wb.load``: a causal LM by house name, local folder or Hub id. safetensors only; remote code never runs.
+
+transformers' models are imported where one is loaded: that takes over a second, and the app draws its page meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,8 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from workbench.cache.attention import NAME, register
 from workbench.errors import ModelError, PromptError
 from workbench.models.artifacts import Artifacts, content_hash
 from workbench.models.geometry import Geometry
@@ -134,6 +135,8 @@ def load(name: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
     Raises:
         ModelError: one sentence saying why it cannot be loaded and what to do.
     """
+    from workbench.cache.attention import register
+
     register()
     transformers_logging.disable_progress_bar()
     source = _source(str(name))
@@ -242,6 +245,8 @@ def pick_device(device: str) -> torch.device:
 def _config(name: str, source: Path | str, local: bool) -> Any:
     if isinstance(source, Path) and not (source / "config.json").is_file():
         raise ModelError(f"The folder {name} has no config.json; give a folder saved with save_pretrained.")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -282,6 +287,10 @@ def _check_weights(name: str, folder: Path) -> None:
 
 
 def _network(name: str, source: Path | str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from workbench.cache.attention import NAME
+
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -329,6 +338,8 @@ def _is_surplus_layer(key: str, config: Any) -> bool:
 def _tokenizer(name: str, source: Path | str, local: bool) -> Any:
     if isinstance(source, Path) and not any(source.glob("tokenizer*")) and not any(source.glob("vocab*")):
         return None
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError) as error:

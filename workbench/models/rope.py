@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from workbench.errors import ModelError, RecipeError
 
@@ -133,6 +132,8 @@ def keys_of_a_token(network: Any) -> list[tuple[Tensor, Tensor]]:
 
     A token that sees only itself gives the same hidden states at every position; so do its keys, but for RoPE.
     """
+    from transformers.cache_utils import DynamicCache
+
     device = next(network.parameters()).device
     token = torch.full((2, 1), network.config.get_text_config().vocab_size // 2, device=device)
     cache = DynamicCache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,6 +42,11 @@ def tokens_kept(budget: float | int, length: int) -> int:
     if isinstance(budget, int):
         return min(budget, length)
     return min(length, max(1, math.floor(budget * length + 1e-9)))
+
+
+def tokens_kept_together(budget: float | int, length: int, heads: int) -> int:
+    """Entries that ``heads`` of ``length`` each keep together: a share is rounded down on the sum, not head by head."""
+    return max(heads * tokens_kept(budget, length), tokens_kept(budget, heads * length))
 
 
 class Declared(param.Parameterized):
@@ -117,9 +123,10 @@ class Declared(param.Parameterized):
         return sorted(names, key=lambda name: (cls.param[name].precedence or 0, names.index(name)))
 
     @classmethod
-    def public_names(cls) -> list[str]:
+    @functools.cache
+    def public_names(cls) -> tuple[str, ...]:
         """What may be given alongside when this is a component; its own components are those of its defaults."""
-        return [name for name in cls().fields() if name not in cls.private]
+        return tuple(name for name in cls().fields() if name not in cls.private)
 
     def values(self) -> dict[str, Any]:
         """This part's own parameters."""
@@ -129,8 +136,9 @@ class Declared(param.Parameterized):
         """All that can be written in a recipe, components included: name -> declared parameter and value."""
         found = {name: (self.param[name], value) for name, value in self.values().items()}
         for part in self._parts:
+            public = part.public_names()
             for name, field in part.fields().items():
-                if name not in part.private:
+                if name in public:
                     found.setdefault(name, field)
         return found
 
@@ -155,6 +163,8 @@ class Strategy(Declared):
         needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
         keeps_acting: True when it acts at every generated token.
         ragged: True when heads may keep different numbers of entries.
+        spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
+            recipe then act after that.
         alone: True when no other method may drop tokens in the same recipe.
         closing: True when it holds entries in a form that no other method can take over, so it comes last.
     """
@@ -175,6 +185,10 @@ class Strategy(Declared):
 
     @property
     def ragged(self) -> bool:
+        return False
+
+    @property
+    def spans_layers(self) -> bool:
         return False
 
     @property

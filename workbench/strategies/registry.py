@@ -10,8 +10,11 @@ from typing import Any
 from workbench.errors import RecipeError
 from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
+from workbench.strategies.eviction.cake import CAKE
 from workbench.strategies.eviction.chunkkv import ChunkKV
 from workbench.strategies.eviction.compresskv import CompressKV
+from workbench.strategies.eviction.critical import CriticalKV
+from workbench.strategies.eviction.defensivekv import DefensiveKV, LayerDefensiveKV
 from workbench.strategies.eviction.expected_attention import ExpectedAttention
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.headkv import HeadKV
@@ -34,7 +37,11 @@ OURS: list[type[Strategy]] = [
     HeadKV,
     PyramidKV,
     ChunkKV,
+    CriticalKV,
+    CAKE,
     CompressKV,
+    DefensiveKV,
+    LayerDefensiveKV,
     ExpectedAttention,
     H2O,
     ObservedAttention,

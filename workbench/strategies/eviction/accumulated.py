@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import Eviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class AccumulatedAttention(Eviction):

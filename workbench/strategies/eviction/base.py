@@ -5,25 +5,35 @@ Axes: B batch, H KV heads, n entries.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import param
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.errors import RecipeError
 from workbench.strategies.base import Budget, Declared, Strategy, tokens_kept
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 PROTECTED = math.inf  # the score of an entry that stays as long as the budget allows
 
 
-def select_top(scores: Tensor, count: int) -> Tensor:
-    """Entries with the ``count`` highest scores along the last axis, in ascending order.
+def ranked(scores: Tensor) -> Tensor:
+    """Entries by falling score along the last axis: int64, shaped as ``scores``.
 
-    Ties go to the later entry, so that the choice does not depend on device or dtype.
+    Ties go to the later entry, so that the order does not depend on device or dtype.
+    """
+    return scores.shape[-1] - 1 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+
+
+def select_top(scores: Tensor, count: int) -> Tensor:
+    """Entries with the ``count`` highest scores along the last axis, in ascending order; of ties the later ones.
 
     Args:
         scores: [..., n]; larger means keep.
@@ -31,9 +41,7 @@ def select_top(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 [..., count].
     """
-    n = scores.shape[-1]
-    later_first = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return (n - 1 - later_first).sort(-1).values
+    return ranked(scores)[..., :count].sort(-1).values
 
 
 class Selector(Declared):
@@ -51,10 +59,12 @@ class Allocator(Declared):
 
     Class attributes:
         ragged: True when the heads of a layer may keep different numbers.
+        spans_layers: True when a layer's entries are settled only after the last layer.
     """
 
     key = "even"
     ragged: ClassVar[bool] = False
+    spans_layers: ClassVar[bool] = False
 
     @property
     def query_window(self) -> int:
@@ -68,6 +78,10 @@ class Allocator(Declared):
     def capacity(self, method: Eviction, view: LayerView) -> int:
         """The same while generating; a budget given as a number may be more than the prompt had."""
         return method.budget if isinstance(method.budget, int) else tokens_kept(method.budget, view.prompt_length)
+
+    def keeps_all(self, method: Eviction, view: LayerView) -> bool:
+        """Whether the budget covers the whole prompt, so that nothing has to be shared."""
+        return tokens_kept(method.budget, view.prompt_length) >= view.prompt_length
 
     def after_prefill(self, method: Eviction, view: LayerView) -> None:
         """After the prompt's last chunk attended in a layer."""
@@ -95,7 +109,7 @@ class Eviction(Strategy):
     )
     allocator: Any = param.Selector(
         default=None,
-        objects=[None, "adakv", "pyramidkv", "compresskv", "headkv"],
+        objects=[None, "adakv", "pyramidkv", "flat", "global", "cake", "compresskv", "headkv"],
         doc="who shares the budget over layers and heads; without one every head keeps the same number",
         precedence=7,
     )
@@ -124,6 +138,14 @@ class Eviction(Strategy):
                 f"{self.key}(recompress_every=0, …) to combine it with allocator={self.allocator_part.key!r}."
             )
 
+    @classmethod
+    @functools.cache
+    def public_names(cls) -> tuple[str, ...]:
+        """What the score needs: as another method's scorer, the allocator that this method comes with has no say."""
+        default = cls()
+        apart = {*default.allocator_part.fields(), *default.selector_part.fields()}
+        return tuple(name for name in super().public_names() if name not in apart)
+
     def components(self) -> list[type[Declared]]:
         from workbench.strategies.eviction.allocators import ALLOCATORS, SELECTORS
 
@@ -142,6 +164,10 @@ class Eviction(Strategy):
         return self.allocator_part.ragged
 
     @property
+    def spans_layers(self) -> bool:
+        return self.allocator_part.spans_layers
+
+    @property
     def score_window(self) -> int:
         """Queries at the end of the prompt that the score looks at; 0 if none."""
         return 0
@@ -153,6 +179,18 @@ class Eviction(Strategy):
     def score(self, view: LayerView) -> Tensor:
         """[B, H, n] float; larger means keep, ``PROTECTED`` stays first."""
         raise NotImplementedError
+
+    def need(self, view: LayerView) -> Tensor:
+        """[B, H, n] float, by which heads that share a budget are compared."""
+        return self.score(view)
+
+    def choose(self, view: LayerView, rows: list[Tensor], safe: int) -> list[Tensor]:
+        """What stays where the best by :meth:`need` are ``rows``, one per (batch, head): as many, if not the same ones.
+
+        Args:
+            safe: best entries of each head, by need, that every head is sure to keep.
+        """
+        return rows
 
     def after_prefill(self, view: LayerView) -> None:
         self.allocator_part.after_prefill(self, view)
@@ -229,6 +267,12 @@ class Wrapper(Eviction):
     def score(self, view: LayerView) -> Tensor:
         return self.inner.score(view)
 
+    def need(self, view: LayerView) -> Tensor:
+        return self.inner.need(view)
+
+    def choose(self, view: LayerView, rows: list[Tensor], safe: int) -> list[Tensor]:
+        return self.inner.choose(view, rows, safe)
+
     def forget(self, view: LayerView) -> None:
         self.inner.forget(view)
 
@@ -252,6 +296,15 @@ def protect_last(scores: Tensor, count: int) -> Tensor:
     scores = scores.clone()
     scores[..., scores.shape[-1] - count :] = PROTECTED
     return scores
+
+
+def pool(scores: Tensor, kernel: int) -> Tensor:
+    """Average over ``kernel`` neighbouring entries of the last axis, zeros beyond its ends; shaped as ``scores``."""
+    n = scores.shape[-1]
+    if n == 0:
+        return scores
+    pooled = F.avg_pool1d(scores.flatten(0, -2), kernel, stride=1, padding=kernel // 2)[..., :n]
+    return pooled.reshape(scores.shape)
 
 
 def flat_rows(scores: Tensor, count: int) -> list[Tensor]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import param
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.base import Declared
 from workbench.strategies.eviction.allocators.compresskv import CALIBRATION, CompressKVAllocator
-from workbench.strategies.eviction.base import PROTECTED, Eviction
+from workbench.strategies.eviction.base import PROTECTED, Eviction, pool
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class CompressKV(Eviction):
@@ -27,7 +29,6 @@ class CompressKV(Eviction):
     )
     fixed_allocator = "compresskv"
     artifact_kind = CALIBRATION
-    private = Eviction.private | {"least", "most", "artifact"}
 
     heads = param.Integer(4, bounds=(1, 256), doc="query heads of each layer that vote (all, where it has fewer)")
     window = param.Integer(8, bounds=(1, 512), doc="queries at the end of the prompt that vote, and stay")
@@ -53,7 +54,4 @@ class CompressKV(Eviction):
 
 def vote(attention: Tensor, kernel: int) -> Tensor:
     """Pooled over neighbours (zeros beyond the ends), then the mean of the voters: [B, k, n] -> [B, n]."""
-    n = attention.shape[-1]
-    if not n:
-        return attention.mean(1)
-    return F.avg_pool1d(attention, kernel, stride=1, padding=kernel // 2)[..., :n].mean(1)
+    return pool(attention, kernel).mean(1)

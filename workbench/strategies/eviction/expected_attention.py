@@ -8,10 +8,10 @@ import param
 import torch
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import PROTECTED, Eviction
 
 if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
     from workbench.models.geometry import Geometry
 
 

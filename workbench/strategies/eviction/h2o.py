@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import param
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.accumulated import AccumulatedAttention
 from workbench.strategies.eviction.base import StepwiseEviction, protect_last
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class H2O(AccumulatedAttention, StepwiseEviction):

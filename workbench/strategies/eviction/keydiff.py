@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import param
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.cache.segments import take
 from workbench.errors import RecipeError
 from workbench.strategies.eviction.base import Eviction, select_top
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class KeyDiff(Eviction):

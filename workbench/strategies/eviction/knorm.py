@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import Eviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class KNorm(Eviction):

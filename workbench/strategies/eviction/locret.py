@@ -6,20 +6,22 @@ Axes: B batch, Hq query heads, H KV heads, T tokens of a chunk, n entries, D hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import param
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.cache.segments import take
 from workbench.errors import RecipeError
 from workbench.models.artifacts import Kind
-from workbench.models.geometry import Geometry
 from workbench.strategies.base import tokens_kept
 from workbench.strategies.eviction.base import Eviction, protect_last
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
+    from workbench.models.geometry import Geometry
 
 HEADS = Kind(
     method="locret",

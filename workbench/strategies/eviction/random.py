@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import param
 import torch
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import Eviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class Random(Eviction):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import param
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
-from workbench.strategies.eviction.base import PROTECTED, Eviction
+from workbench.strategies.eviction.base import PROTECTED, Eviction, pool
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class SnapKV(Eviction):
@@ -29,8 +33,5 @@ class SnapKV(Eviction):
     def score(self, view: LayerView) -> Tensor:
         votes = view.window_attention(self.window).mean((2, 3))  # [B, H, n]
         window = min(self.window, view.length)
-        older = votes[..., : view.length - window]
-        pooled = older  # nothing, where the prompt is no longer than the window
-        if older.shape[-1]:
-            pooled = F.avg_pool1d(older, self.kernel, stride=1, padding=self.kernel // 2)[..., : older.shape[-1]]
+        pooled = pool(votes[..., : view.length - window], self.kernel)
         return F.pad(pooled, (0, window), value=PROTECTED)

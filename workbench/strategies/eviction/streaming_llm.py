@@ -9,12 +9,12 @@ import param
 import torch
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.cache.segments import take
 from workbench.errors import RecipeError
 from workbench.strategies.eviction.base import PROTECTED, StepwiseEviction
 
 if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
     from workbench.models.geometry import Geometry
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import param
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.base import Strategy
 from workbench.strategies.eviction.base import select_top
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class ThinK(Strategy):

@@ -14,7 +14,7 @@ from . import text
 from .text import Piece, Role
 
 # Row length and rows a step, by level: about 2,300 tokens while texts are short, 4,096 for the longest.
-SHAPES = ((160, 14), (192, 12), (256, 9), (320, 8), (384, 8), (1024, 3), (2048, 2))
+SHAPES = ((160, 14), (192, 12), (256, 9), (320, 8), (512, 6), (1024, 4), (2048, 2))
 
 
 class Encoded(NamedTuple):
@@ -64,25 +64,11 @@ class Encoder:
         return out
 
 
-def random_repetition(rng: random.Random, length: int, vocab_size: int) -> list[int]:
-    """A run of random tokens over and over: the strongest pull towards copying, from which recall grows.
-
-    Short runs are the most frequent: there, looking back anywhere is already better than guessing.
-    """
-    run = [rng.randrange(2, vocab_size) for _ in range(int(3 * (length / 9) ** rng.random()))]
-    return (run * (length // len(run) + 1))[:length]
-
-
 def training_batch(rng: random.Random, level: int, encoder: Encoder) -> Batch:
     """Rows of whole texts, one after another; only the last text of a row is cut."""
     length, rows = SHAPES[level]
     columns: tuple[list, list, list] = ([], [], [])
-    for number in range(rows):
-        if level == 0 and number % 2:
-            ids = random_repetition(rng, length + 1, encoder.vocab_size)
-            for column, values in zip(columns, (ids, [Role.TEXT] * len(ids), [0] * len(ids))):
-                column.append(values)
-            continue
+    for _ in range(rows):
         row = Encoded([], [], [], [])
         questions = 0
         while len(row.ids) < length + 1:

@@ -73,7 +73,13 @@ def answers(model: wb.Model, document: Document, lanes: dict[str, str | Recipe])
     """Whether each lane answers exactly, the question being part of the prompt and the first token asked of the compressed cache."""
     ids = list(document.prompt_ids)
     comparison = wb.compare(
-        model, ids, list(lanes.values()), max_new_tokens=ANSWER_TOKENS, probes=[], first_token="replayed"
+        model,
+        ids,
+        list(lanes.values()),
+        max_new_tokens=ANSWER_TOKENS,
+        probes=[],
+        first_token="replayed",
+        reuse_prompt=True,
     )
     found = {}
     for name, lane in zip(lanes, comparison.lanes):

@@ -119,15 +119,13 @@ LONG = (
 
 
 def keys(rng: random.Random, kind: str, n: int, held_out: bool = False) -> list[str]:
-    """`n` different keys of a kind: `name`, `pair` (`quiet-river`) or `both` (`Mira in the mill`, where neither half is enough)."""
-    if kind == "name":
-        return words.several(lambda: words.name(rng, held_out), n)
-    if kind == "pair":
-        return words.several(lambda: words.pair(rng, held_out), n)
-    side = int((2 * n) ** 0.5) + 1
-    people = words.several(lambda: words.name(rng, held_out), side)
-    places = rng.sample(words.PLACES, min(side, len(words.PLACES)))
-    return rng.sample([f"{p} in the {q}" for p in people for q in places], n)
+    """`n` different keys of a kind: `name`, `pair` (`quiet-river`) or `spelt` (any letters; training only)."""
+    one = {
+        "name": lambda: words.name(rng, held_out),
+        "pair": lambda: words.pair(rng, held_out),
+        "spelt": lambda: words.spelt(rng),
+    }
+    return words.several(one[kind], n)
 
 
 def draw(
@@ -135,11 +133,13 @@ def draw(
 ) -> list[Fact]:
     """`n` facts of which no two have the same key and attribute.
 
-    Two documents in five have one attribute, so that a guess among values of the right kind is a guess among `n`.
+    Three documents in five have one attribute, so that a guess among values of the right kind is a guess among `n`.
     """
-    kind = rng.choice(["pair", "both"]) if rng.random() < rich_keys else "name"
+    kind = "name"
+    if rng.random() < rich_keys:
+        kind = "pair" if held_out or rng.random() < 0.5 else "spelt"
     pool = [
-        rng.choice(LONG) if rng.random() < long_share else rng.choice(SHORT) for _ in range(rng.choice([1, 1, 2, 3, 4]))
+        rng.choice(LONG) if rng.random() < long_share else rng.choice(SHORT) for _ in range(rng.choice([1, 1, 1, 2, 3]))
     ]
     pool = list(dict.fromkeys(pool))
     found: list[Fact] = []

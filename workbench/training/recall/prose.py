@@ -23,7 +23,7 @@ _THING = "the wind|the rain|the sea|the road|the river|the snow|the house|the ga
 _WAS = "was quiet|was cold|was dark|was bright|was far away|was full of people|was very old|was still|grew warm|turned grey|seemed empty|looked new|was beautiful|was calm".split(
     "|"
 )
-_THERE = "There was a {a} {t} near the {p}|There were two {c} {o}s on the table|A {a} {t} lay beyond the {p}|Near the {p} stood a {a} tree|A {c} {o} hung on the wall|Behind the {p} there was a small garden|Some {a} people came to the {p}|No one had seen the {a} {t} before".split(
+_THERE = "There was {a} {t} near the {p}|There were two {o}s on the table|{a} {t} lay beyond the {p}|Near the {p} stood {a} tree|{c} {o} hung on the wall|Behind the {p} there was a small garden|Some {b} people came to the {p}|No one had seen such {a} {t} before".split(
     "|"
 )
 _SET = (
@@ -35,6 +35,10 @@ _SET = (
 _GREETINGS = "Hello , how are you ?|Good morning .|Thank you very much .|I am well , thank you .|How can I help you ?|Please come in and sit down .|What is your name ?|It is nice to see you .".split(
     "|"
 )
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def sentence(rng: random.Random) -> str:
@@ -50,11 +54,12 @@ def sentence(rng: random.Random) -> str:
         text = f"{rng.choice(_THING)} {rng.choice(_WAS)} and {rng.choice(_THING)} {rng.choice(_WAS)}"
     elif kind == 4:
         text = rng.choice(_THERE).format(
-            a=rng.choice(words.ADJECTIVES),
+            a=_article(rng.choice(words.ADJECTIVES)),
+            b=rng.choice(words.ADJECTIVES),
             t=rng.choice(words.THINGS),
             p=rng.choice(words.PLACES),
-            c=rng.choice(words.COLOURS),
-            o=rng.choice(words.OBJECTS),
+            c=_article(rng.choice(words.COLOURS)),
+            o=rng.choice([o for o in words.OBJECTS if o not in ("knife", "scarf", "watch")]),
         )
     else:
         text = rng.choice(_SET)
@@ -75,7 +80,7 @@ def text(rng: random.Random) -> str:
         opening = rng.choice(
             ["Once upon a time there was", "There once lived", "A long time ago there lived", "This is the story of"]
         )
-        return f"{opening} a {rng.choice(words.ADJECTIVES)} {rng.choice(words.TRADES)} . {body}\n"
+        return f"{opening} {_article(rng.choice(words.ADJECTIVES))} {rng.choice(words.TRADES)} . {body}\n"
     if kind == 1:
         return f"Dear {who} , {rng.choice(['thank you for your letter', 'I hope you are well', 'it was good to see you'])} . {body} With love , {other}\n"
     if kind == 2:

@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import facts, prose, words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Count = Callable[[str], int]  # tokens of a piece of text
 
@@ -46,7 +47,7 @@ class Level:
     reworded: float = 0.0  # share of questions in other words than the statement
     other_forms: float = 0.0  # share of statements in another than the canonical form
     long_share: float = 0.0  # share of attributes with long values
-    rich_keys: float = 0.0  # share of documents whose keys are pairs, or names in a place
+    rich_keys: float = 0.0  # share of documents whose keys are pairs or spelt
     repeat: tuple[int, int] = (6, 24)  # words in a repetition
 
 
@@ -54,14 +55,12 @@ LEVELS = (
     Level(facts=(4, 10), table="", repeat=(6, 16)),
     Level(facts=(4, 12), table=" :", repeat=(6, 24)),
     Level(facts=(4, 10), fillers=(0, 2), repeat=(6, 32)),
-    Level(facts=(4, 12), fillers=(0, 6), reworded=0.6, other_forms=0.1, repeat=(6, 40)),
-    Level(
-        facts=(6, 20), fillers=(2, 12), reworded=0.6, other_forms=0.1, long_share=0.15, rich_keys=0.1, repeat=(8, 60)
-    ),
+    Level(facts=(4, 12), fillers=(0, 6), reworded=0.6, repeat=(6, 40)),
+    Level(facts=(8, 24), fillers=(4, 16), reworded=0.7, other_forms=0.1, long_share=0.2, rich_keys=0.1, repeat=(8, 60)),
     Level(
         facts=(8, 32),
         length=(200, 1000),
-        reworded=0.7,
+        reworded=0.8,
         other_forms=0.2,
         long_share=0.25,
         rich_keys=0.2,
@@ -71,7 +70,7 @@ LEVELS = (
         facts=(8, 40),
         length=(300, 2000),
         reworded=0.8,
-        other_forms=0.3,
+        other_forms=0.2,
         long_share=0.25,
         rich_keys=0.2,
         repeat=(8, 240),
@@ -109,7 +108,7 @@ def story(rng: random.Random, level: Level, count: Count) -> list[Piece]:
     most = level.facts[1] if room is None else max(level.facts[0], min(level.facts[1], room // 20))
     known = facts.draw(rng, rng.randint(level.facts[0], most), level.long_share, level.rich_keys)
     reworded = level.reworded > 0
-    single = reworded and rng.random() < 0.1
+    single = reworded and rng.random() < 0.2
     asked = rng.sample(known, 1 if single else min(len(known), 16))
     stated = [f.statement(rng.randrange(6) if rng.random() < level.other_forms else 0) for f in known]
     if room is not None:
@@ -281,13 +280,20 @@ def document(
     sizes = [count(" " + line) for line in lines]
     goal = (rng.random() if depth is None else depth) * sum(sizes)
     place = min(range(len(lines) + 1), key=lambda i: abs(sum(sizes[:i]) - goal))
-    if place == 0:  # a text begins without a space, where a key would be spelt in other tokens
-        evidence = asked.statement()
+    if place == 0 and evidence.startswith(asked.key):
+        place = 1  # a text begins without a space, where a key would be spelt in other tokens
     lines.insert(place, evidence)
-    context = " ".join(lines) + "\n"
+    while True:
+        context = " ".join(lines) + "\n"
+        encoded = tokenizer(context + question, return_offsets_mapping=True)
+        if len(encoded["input_ids"]) <= length_tokens:
+            break
+        # The first word, which has no space before it, may take a few tokens more than was counted.
+        gone = place - 1 if place == len(lines) - 1 else len(lines) - 1
+        lines.pop(gone)
+        place -= gone < place
     start = sum(len(line) + 1 for line in lines[:place])
     span = (start, start + len(evidence))
-    encoded = tokenizer(context + question, return_offsets_mapping=True)
     inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and b > span[0] and a < span[1]]
     return Document(
         context=context,

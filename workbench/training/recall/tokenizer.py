@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from . import prose, text, words
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1536
 BOS, EOS = "<s>", "</s>"
 
 
@@ -32,6 +32,9 @@ def _corpus(rng: random.Random, texts: int) -> Iterator[str]:
         ]
         for _ in range(40)
     )
+    # Syllables, alone and capitalised after a space, often enough that they become tokens and no pair across two of them does.
+    for syllable in words.SYLLABLES:
+        yield from [f" {syllable.capitalize()}-{syllable} {syllable}"] * 600
     for _ in range(texts):
         yield "".join(piece.text for piece in text.training_text(rng, 4, count=len))
         yield prose.text(rng)

@@ -33,7 +33,7 @@ FRUITS = "apple banana cherry date fig grape kiwi lemon lime mango melon olive p
 ADJECTIVES = "brave bright calm clever cold dark deep dry early fast gentle happy hidden kind late loud lucky narrow old plain proud quick quiet sharp slow small soft strong tall warm wide young".split()
 THINGS = "arrow autumn cloud coast dawn door dust field fire flame hill island lake leaf meadow moon night ocean path rain river road rock sand shadow snow star stone storm sun tree wind".split()
 
-_SYLLABLES = [c + v for c in "bcdfghjklmnprstvz" for v in "aeiou"]
+SYLLABLES = [c + v for c in "bcdfghjklmnprstvz" for v in "aeiou"]
 _FIXED = random.Random(20240229)  # fixes what is held out, for ever; unrelated to any training seed
 
 
@@ -43,7 +43,7 @@ def _split(words: list[str], held_out: int) -> tuple[list[str], list[str]]:
     return words[held_out:], words[:held_out]
 
 
-INVENTED, HELD_OUT_INVENTED = _split([a + b for a in _SYLLABLES for b in _SYLLABLES if a != b], 500)
+INVENTED, HELD_OUT_INVENTED = _split([a + b for a in SYLLABLES for b in SYLLABLES if a != b], 500)
 _REAL = {"hare", "have", "jade", "line"}  # two syllables that happen to be words, which training texts do contain
 HELD_OUT_INVENTED = [word for word in HELD_OUT_INVENTED if word not in _REAL]
 PAIRS, HELD_OUT_PAIRS = _split([f"{a}-{b}" for a in ADJECTIVES for b in THINGS], 200)
@@ -52,6 +52,14 @@ PAIRS, HELD_OUT_PAIRS = _split([f"{a}-{b}" for a in ADJECTIVES for b in THINGS],
 def invented(rng: random.Random, held_out: bool = False) -> str:
     """A word of two syllables that means nothing."""
     return rng.choice(HELD_OUT_INVENTED if held_out else INVENTED)
+
+
+def spelt(rng: random.Random) -> str:
+    """Three to six letters in any order: trained on such keys too, the model is thrown by no spelling. Never a held-out word."""
+    while True:
+        word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 6)))
+        if word not in HELD_OUT_INVENTED and word.capitalize() not in HELD_OUT_NAMES:
+            return word.capitalize()
 
 
 def pair(rng: random.Random, held_out: bool = False) -> str:

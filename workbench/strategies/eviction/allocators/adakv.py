@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import param
 from torch import Tensor
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import PROTECTED, Allocator, Eviction, flat_rows, select_top
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class AdaKVAllocator(Allocator):
@@ -20,7 +24,8 @@ class AdaKVAllocator(Allocator):
     def after_prefill(self, method: Eviction, view: LayerView) -> None:
         count = self.count(method, view)
         if count < view.length:
-            method.keep(view, self.select(method.score(view), count))
+            rows = self.select(method.need(view), count)
+            method.keep(view, method.choose(view, rows, int(count * self.alpha)))
 
     def select(self, scores: Tensor, count: int) -> list[Tensor]:
         """Entries kept by each row: the best ``count * H`` of a layer's flattened scores, ``int(count * alpha)`` safe.

@@ -10,9 +10,8 @@ from workbench.strategies.eviction.base import Selector, select_top
 
 
 class ChunkSelector(Selector):
-    """The best chunks by the sum over heads of their mean score; all heads of a layer keep the same ones.
-
-    Only whole chunks are kept, so a head may keep fewer than the budget allows, and at least one chunk.
+    """The best chunks by the sum over heads of their mean score, as many as the budget has room for; all heads of a layer
+    keep the same ones. Where not one fits, or the rows of a batch would keep different numbers, the best entries stay.
     """
 
     key = "chunks"
@@ -21,19 +20,17 @@ class ChunkSelector(Selector):
 
     def pick(self, scores: Tensor, count: int) -> Tensor:
         batch, heads, n = scores.shape
-        length = self.chunk_length
-        values = self.chunk_scores(scores)  # [B, chunks]
-        chosen = select_top(values, int(values.shape[-1] * count / n + 1e-9))
-        sizes = (
-            torch.arange(0, n, length, device=scores.device).add(length).clamp(max=n).diff(prepend=scores.new_zeros(1))
-        )
+        values = self.chunk_scores(scores)
+        last = values.shape[-1] - 1
+        order = last - values.flip(-1).argsort(dim=-1, descending=True, stable=True)  # ties go to the later chunk
+        chunk_of = torch.arange(n, device=scores.device) // self.chunk_length
+        sizes = chunk_of.bincount()
         rows = []
-        for row, best in zip(values, chosen, strict=True):
-            held = best[row[best].argsort(descending=True, stable=True)]
-            held = held[sizes[held].cumsum(0) <= count]  # the last chunks that the budget has no room for
-            rows.append(torch.isin(torch.arange(n, device=scores.device) // length, held).nonzero().squeeze(-1))
+        for best in order:
+            fitting = best[sizes[best].cumsum(0) <= count]
+            rows.append(torch.isin(chunk_of, fitting).nonzero().squeeze(-1))
         if len({len(row) for row in rows}) > 1 or not len(rows[0]):
-            return select_top(scores, count)  # no whole chunk fits
+            return select_top(scores, count)
         return torch.stack(rows)[:, None].expand(batch, heads, -1)
 
     def chunk_scores(self, scores: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import param
 
-from workbench.cache.layer import LayerView
 from workbench.models.artifacts import Kind
 from workbench.strategies.eviction.allocators.rounds import settle
 from workbench.strategies.eviction.base import Allocator, Eviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 CALIBRATION = Kind(
     method="compresskv",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import param
 
-from workbench.cache.layer import LayerView
 from workbench.models.artifacts import Kind
 from workbench.strategies.base import tokens_kept
 from workbench.strategies.eviction.allocators.rounds import settle
 from workbench.strategies.eviction.base import Allocator, Eviction, select_top
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 CALIBRATION = Kind(
     method="headkv",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
 import param
 
-from workbench.cache.layer import LayerView
 from workbench.strategies.eviction.base import Allocator, Eviction
+
+if TYPE_CHECKING:
+    from workbench.cache.layer import LayerView
 
 
 class PyramidAllocator(Allocator):
@@ -43,6 +45,6 @@ def pyramid(tokens: int, even: float, window: int, layers: int, beta: int) -> li
         high = tokens - window
         low = 2 * even - high
     if not tokens >= high >= low >= window or layers == 1:
-        return [math.floor(even + 1e-9)] * layers
+        return [round(even)] * layers
     step = (high - low) / (layers - 1)
     return [round(high - layer * step) for layer in range(layers)]
