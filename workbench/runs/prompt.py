@@ -16,6 +16,7 @@ from workbench.runs.reference import QueryRecorder
 from workbench.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
+    from workbench.cache.cache import ScoreProbe
     from workbench.cache.segments import Query
     from workbench.models.load import Model
     from workbench.runs.control import Control
@@ -95,9 +96,10 @@ class Snapshot:
         """Whether a lane with ``recipe`` may start here: it looks only at the last queries of the prompt."""
         return not recipe.needs_prompt and recipe.query_window <= SNAPSHOT_WINDOW
 
-    def fork(self, recipe: Recipe) -> WorkbenchCache:
+    def fork(self, recipe: Recipe, score_probe: ScoreProbe | None = None) -> WorkbenchCache:
         """The cache of a lane that read the prompt and then applied ``recipe``."""
         cache = self.cache.clone(recipe)
+        cache.score_probe = score_probe
         with torch.inference_mode():
             cache.apply_recipe(self.queries)
         return cache
