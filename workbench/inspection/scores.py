@@ -128,6 +128,12 @@ def fate(log: ScoreLog, kept: Sequence[Sequence[Sequence[int]]], position: int) 
     return Fate(position, *(torch.stack(side) for side in zip(*rows, strict=True)))
 
 
+def thinned(count: int, most: int, needed: Sequence[int] = ()) -> Tensor:
+    """At most ``most`` of ``count`` places in even steps, the first and last among them, and the ``needed`` ones: int64."""
+    even = torch.linspace(0, max(0, count - 1), min(count, most)).round().long()
+    return torch.cat([even, torch.tensor([n for n in needed if 0 <= n < count], dtype=torch.long)]).unique()
+
+
 def held_mask(kept: Sequence[Sequence[int]], tokens: int) -> Tensor:
     """Bool [H, T]: which of the prompt's tokens each head holds; positions beyond the prompt are left out."""
     mask = torch.zeros(len(kept), tokens, dtype=torch.bool)
