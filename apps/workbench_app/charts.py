@@ -14,6 +14,7 @@ BARE: dict[str, Any] = {
     "background_fill_alpha": 0,
     "border_fill_alpha": 0,
     "outline_line_alpha": 0,
+    "outline_line_color": None,
 }
 
 

@@ -20,9 +20,17 @@ LOOKS = {
     "Scores": ("curve", "ScoreCurve"),
     "Why dropped?": ("fate", "WhyDropped"),
     "Overlap": ("overlap", "Overlap"),
-    "Attention kept": ("retained", "Retained"),
+    "Retained attention": ("retained", "Retained"),
 }
 CLOSED = "None"
+# The group's buttons stand apart, so that they may wrap on a narrow screen.
+PILLS = {
+    "flexWrap": "wrap",
+    "gap": "6px",
+    "& .MuiToggleButton-root.MuiToggleButton-root": {
+        "flex": "none", "width": "auto", "px": 1.5, "ml": 0, "borderRadius": "5px", "border": "1px solid", "borderColor": "divider",
+    },
+}  # fmt: skip
 
 
 class Closer(pn.viewable.Viewer):
@@ -38,7 +46,7 @@ class Closer(pn.viewable.Viewer):
         self._looks: dict[str, Look] = {}
         self.picker = pmui.RadioButtonGroup(
             label="View", options=[CLOSED, *LOOKS], value=CLOSED, size="small", margin=0,
-            sx={"flexWrap": "wrap", "& .MuiToggleButton-root": {"flex": "none", "px": 1.5}},
+            sx=PILLS,
         )  # fmt: skip
         self.table_switch = pmui.Switch(label="Data table", value=False, margin=(0, 0, 0, 4), visible=False)
         self.tokens_button = pmui.Button(

@@ -14,6 +14,7 @@ from workbench_app import formats
 from workbench_app.ask import LaneState
 from workbench_app.charts import chart, on_tap
 from workbench_app.looks import HEADS
+from workbench_app.summary import legend
 from workbench_app.views.look import WIDE, Look, head_name, quiet, sentence
 from workbench_widgets.panel import HeadMatrixPane
 
@@ -55,21 +56,20 @@ class Retained(Look):
         grid = lowest_of_group(own, heads).numpy()  # [steps, L, H]
         steps = len(grid)
         step = self.state.query if self.state.query is not None and self.state.query < steps else None
-        self.lead.object = self._sentence(lane, grid)
+        self.lead.object = self._sentence(lane, grid, float(own.mean()))
         where = "mean over the steps" if step is None else f"at token {step}"
-        self.matrix.show(grid.mean(0) if step is None else grid[step], metric=f"attention kept, {where}", unit="%")
+        self.matrix.show(grid.mean(0) if step is None else grid[step], metric=f"retained attention, {where}", unit="%")
         self.matrix.picked = list(at)
         of = "the query head that keeps least" if own.shape[-1] > heads else "its query head"
         self._note.object = quiet(
             f"{self.look(lane).name}: share of the reference's attention of a step, over all it holds, that falls on entries the "
             f"lane holds then; of a KV head, {of}. Exact, not sampled."
         )
+        drawn = [pair for pair in found if pair[0] is not self.session.reference] or found  # the reference holds it all
         picked = [
-            (self.look(other), lowest_of_group(shares, heads)[:, at[0], at[1]].numpy()) for other, shares in found
+            (self.look(other), lowest_of_group(shares, heads)[:, at[0], at[1]].numpy()) for other, shares in drawn
         ]
-        self._title.object = (
-            f"<p><b>{head_name(at)}</b> <span class='quiet'>at every token of the reference's answer</span></p>"
-        )
+        self._title.object = f"<p><b>{head_name(at)}</b> <span class='quiet'>at every token of the reference's answer</span></p>{legend(self.session)}"
         self._pane.object = self._plot(picked, step)
         self._frame = pd.DataFrame(
             {"token": np.arange(steps)}
@@ -84,8 +84,8 @@ class Retained(Look):
             1, "reference's token", [formats.visible(texts[i]) if i < len(texts) else "" for i in range(steps)]
         )
 
-    def _sentence(self, lane: LaneState, grid: np.ndarray) -> str:
-        name, mean = self.look(lane).name, float(grid.mean())
+    def _sentence(self, lane: LaneState, grid: np.ndarray, mean: float) -> str:
+        name = self.look(lane).name
         if grid.min() > 0.9999:
             return f"<p><b>{name}</b> holds everything the reference reads.</p>"
         step, layer, head = (int(i) for i in np.unravel_index(int(grid.argmin()), grid.shape))
@@ -99,7 +99,7 @@ class Retained(Look):
         plot = chart(
             240,
             "token of the reference's answer",
-            "attention kept, %",
+            "retained attention, %",
             y_range=Range1d(-0.03, 1.06),
             x_range=Range1d(-0.6, max(1.0, longest - 0.4)),
         )
