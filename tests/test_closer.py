@@ -14,7 +14,7 @@ import workbench as wb
 from tests.builders import build, plain, prompt
 from workbench.inspection.overlap import jaccard, kept_counts, overlap, overlap_by_head
 from workbench.inspection.retained import lowest_of_group, mass_on
-from workbench.inspection.scores import ScoreLog, curve, fate, held_mask
+from workbench.inspection.scores import ScoreLog, curve, fate, held_mask, thinned
 from workbench.runs.control import Control
 from workbench.runs.prompt import Cancelled, take_snapshot
 from workbench.runs.replay import finish, scored
@@ -214,3 +214,11 @@ def test_retained_mass_needs_a_reference_that_finished() -> None:
     cmp._trace = None
     with pytest.raises(wb.WorkbenchError, match="did not finish"):
         cmp.retained(1)
+
+
+@pytest.mark.parametrize(
+    "count, most, needed, expected",
+    [(5, 10, [], [0, 1, 2, 3, 4]), (11, 3, [], [0, 5, 10]), (11, 3, [4, 99, -1], [0, 4, 5, 10]), (0, 3, [0], [])],
+)
+def test_thinned_keeps_the_ends_and_what_is_needed(count: int, most: int, needed: list[int], expected: list[int]) -> None:
+    assert thinned(count, most, needed).tolist() == expected

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workbench_app.session import Session
 
 LOG = logging.getLogger("workbench.app")
-MOST = 24  # measurements kept
+MOST = 256 << 20  # bytes of measurements kept, the newest at least
 
 
 class Findings:
@@ -94,7 +94,7 @@ class Findings:
                 self._trouble[key] = what
                 continue
             self._known[key] = what[number]
-            while len(self._known) > MOST:
+            while len(self._known) > 1 and sum(held.nbytes for held in self._known.values()) > MOST:
                 self._known.popitem(last=False)
 
     def opened(self) -> None:

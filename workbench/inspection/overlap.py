@@ -18,10 +18,14 @@ def kept_counts(kept: Kept) -> np.ndarray:
     return np.array([[len(head) for head in layer] for layer in kept], dtype=np.int64)
 
 
-def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
-    """Size of what both sets of positions hold over size of what either holds, 0 to 1; NaN where both are empty."""
-    a, b = set(one), set(other)
-    return len(a & b) / len(a | b) if a or b else math.nan
+def jaccard(one: Sequence[int] | np.ndarray, other: Sequence[int] | np.ndarray) -> float:
+    """Size of what both sets of positions hold over size of what either holds, 0 to 1; NaN where both are empty.
+
+    Neither may name a position twice.
+    """
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    either = len(one) + len(other) - both
+    return both / either if either else math.nan
 
 
 def overlap_by_head(one: Kept, other: Kept) -> np.ndarray:
@@ -35,13 +39,15 @@ def overlap(lanes: Sequence[Kept], at: tuple[int, int] | None = None) -> np.ndar
     Args:
         at: (layer, KV head) to compare in that head alone; by default all (layer, head, position) entries together.
     """
-    sets = [_entries(kept) if at is None else set(kept[at[0]][at[1]]) for kept in lanes]
-    out = np.full((len(lanes), len(lanes)), math.nan)
+    sets = [_entries(kept) if at is None else np.asarray(kept[at[0]][at[1]], dtype=np.int64) for kept in lanes]
+    out = np.empty((len(lanes), len(lanes)))
     for i, a in enumerate(sets):
         for j, b in enumerate(sets[: i + 1]):
-            out[i, j] = out[j, i] = len(a & b) / len(a | b) if a or b else math.nan
+            out[i, j] = out[j, i] = jaccard(a, b)
     return out
 
 
-def _entries(kept: Kept) -> set[tuple[int, int, int]]:
-    return {(layer, h, p) for layer, heads in enumerate(kept) for h, head in enumerate(heads) for p in head}
+def _entries(kept: Kept) -> np.ndarray:
+    """Every (layer, head, position) as one number: int64."""
+    heads = [np.asarray(head, dtype=np.int64) for layer in kept for head in layer]
+    return np.concatenate([(number << 40) + head for number, head in enumerate(heads)])

@@ -28,7 +28,7 @@ class ScoreCurve(Look):
     def build(self) -> list[Any]:
         self._pane = pn.pane.Bokeh(None, sizing_mode="stretch_width", margin=(4, 0, 0, 0))
         self._note = sentence()
-        self._frame: Any = None
+        self._found: Curve | None = None
         return [self._pane, self._note]
 
     def known(self, lane: LaneState) -> tuple[Any, ...]:
@@ -36,7 +36,7 @@ class ScoreCurve(Look):
         return (id(log), "" if log is not None else self.session.findings.said("scores", lane))
 
     def draw(self, lane: LaneState, at: tuple[int, int]) -> None:
-        self._frame = None
+        self._found = None
         log = self.session.findings.scores(lane)
         if log is None:
             self.empty(self.session.findings.said("scores", lane))
@@ -45,7 +45,7 @@ class ScoreCurve(Look):
         if rows is None:
             self.empty(unscored(look.name, log, at[0], lane))
             return
-        found = curve(rows[at[1]], lane.kept[at[0]][at[1]])
+        self._found = found = curve(rows[at[1]], lane.kept[at[0]][at[1]])
         token = token_on_show(self.session, lane, self.state)
         self.lead.object = self._sentence(found, look, at)
         self._pane.object = self._plot(found, look, token)
@@ -53,16 +53,6 @@ class ScoreCurve(Look):
             f"{'□ protected (drawn at the highest score) · ' if found.protected else ''}● kept · ✕ dropped · ◇ the token that is looked into{self._where(found, token)}. Larger means keep. Click a mark "
             "to see why its token stayed or went."
             + ("" if len(found.scores) <= MOST else f" {MOST:,} of {len(found.scores):,} tokens are drawn.")
-        )
-        texts = self.session.texts
-        self._frame = pd.DataFrame(
-            {
-                "rank": np.arange(1, len(found.scores) + 1),
-                "position": found.positions.numpy(),
-                "token": [formats.visible(texts[p]) for p in found.positions.tolist()],
-                "score": [score_text(s) for s in found.scores.tolist()],
-                "state": np.where(found.kept.numpy(), "kept", "dropped"),
-            }
         )
 
     def _sentence(self, found: Curve, look: formats.Look, at: tuple[int, int]) -> str:
@@ -149,7 +139,18 @@ class ScoreCurve(Look):
         self.state.key = token
 
     def table(self) -> Any:
-        return self._frame
+        found, texts = self._found, self.session.texts
+        if found is None:
+            return None
+        return pd.DataFrame(
+            {
+                "rank": np.arange(1, len(found.scores) + 1),
+                "position": found.positions.numpy(),
+                "token": [formats.visible(texts[p]) for p in found.positions.tolist()],
+                "score": [score_text(s) for s in found.scores.tolist()],
+                "state": np.where(found.kept.numpy(), "kept", "dropped"),
+            }
+        )
 
 
 def unscored(name: str, log: ScoreLog, layer: int, lane: LaneState) -> str:
