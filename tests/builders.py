@@ -109,6 +109,13 @@ def with_artifacts(model: Model) -> Model:
     return model
 
 
+def random_model(config: Any) -> Model:
+    """A workbench model of any config."""
+    register()
+    torch.manual_seed(0)
+    return Model("test/random", AutoModelForCausalLM.from_config(config, attn_implementation="workbench").eval(), None)
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
+from tests import builders
+from tests.builders import ARCHITECTURES, build, feed, network, prompt
 from workbench.cache.cache import WorkbenchCache
+from workbench.models.load import Model
 from workbench.strategies.base import tokens_kept, tokens_kept_together
 from workbench.strategies.eviction.base import Eviction, StepwiseEviction
 from workbench.strategies.recipe import Recipe
@@ -31,6 +33,11 @@ BYTES_OF_POSITION = 4
 @pytest.fixture(params=EVICTIONS)
 def key(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
+
+
+def cache_for(model: Model, recipe: str, prompt_length: int | None = None) -> WorkbenchCache:
+    """FastKV with every token in every layer: as a cache alone it cannot do more. For the rest see test_fastkv.py."""
+    return builders.cache_for(model, recipe.replace("fastkv(", "fastkv(tsp_rate=1.0, "), prompt_length)
 
 
 def run(recipe: str, later: int = 0, chunk: int | None = None, name: str = "llama") -> WorkbenchCache:
