@@ -132,5 +132,10 @@ def feed(model: Model, cache: Any, ids: list[int], chunk: int | None = None) -> 
     return torch.cat(out)
 
 
+def whole_cache_for(model: Model, recipe: str, prompt_length: int | None = None) -> WorkbenchCache:
+    """FastKV with every token in every layer: as a cache alone it cannot do more. For the rest see test_fastkv.py."""
+    return cache_for(model, recipe.replace("fastkv(", "fastkv(tsp_rate=1.0, "), prompt_length)
+
+
 def cache_for(model: Model, recipe: str = "full", prompt_length: int | None = None) -> WorkbenchCache:
     return WorkbenchCache(Recipe.parse(recipe), model.geometry, prompt_length, artifacts=model.artifacts)

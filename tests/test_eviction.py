@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import workbench as wb
-from tests import builders
 from tests.builders import ARCHITECTURES, build, feed, network, prompt
+from tests.builders import whole_cache_for as cache_for
 from workbench.cache.cache import WorkbenchCache
-from workbench.models.load import Model
 from workbench.strategies.base import tokens_kept, tokens_kept_together
 from workbench.strategies.eviction.base import Eviction, StepwiseEviction
 from workbench.strategies.recipe import Recipe
@@ -33,11 +32,6 @@ BYTES_OF_POSITION = 4
 @pytest.fixture(params=EVICTIONS)
 def key(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
-
-
-def cache_for(model: Model, recipe: str, prompt_length: int | None = None) -> WorkbenchCache:
-    """FastKV with every token in every layer: as a cache alone it cannot do more. For the rest see test_fastkv.py."""
-    return builders.cache_for(model, recipe.replace("fastkv(", "fastkv(tsp_rate=1.0, "), prompt_length)
 
 
 def run(recipe: str, later: int = 0, chunk: int | None = None, name: str = "llama") -> WorkbenchCache:

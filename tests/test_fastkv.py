@@ -15,8 +15,7 @@ import workbench as wb
 from tests.builders import ARCHITECTURES, SIZES, build, cache_for, feed, network, prompt, random_model
 from workbench.cache.cache import WorkbenchCache
 from workbench.models.load import Model
-from workbench.runs.control import Control
-from workbench.runs.prompt import read
+from workbench.runs.prompt import read_through
 from workbench.runs.reference import QueryRecorder
 from workbench.strategies.base import tokens_kept
 from workbench.strategies.eviction.base import select_top
@@ -102,17 +101,7 @@ def run(recipe: str, name: str = "llama", chunk: int | None = None, length: int 
 def ran(model: Model, recipe: str, chunk: int | None = None, length: int = LENGTH) -> tuple[WorkbenchCache, Tensor]:
     """The cache and the logits [vocabulary] after the prompt."""
     cache = cache_for(model, recipe, length)
-    return cache, finish(model, cache, chunk or length)
-
-
-def finish(model: Model, cache: WorkbenchCache, chunk: int) -> Tensor:
-    """Read the prompt: logits [vocabulary] after it."""
-    reading = read(model, cache, prompt(cache.prompt_length or 0), chunk, Control())
-    while True:
-        try:
-            next(reading)
-        except StopIteration as finished:
-            return finished.value
+    return cache, read_through(model, cache, prompt(length), chunk or length)
 
 
 def kept(cache: WorkbenchCache) -> list[list[list[int]]]:
@@ -316,7 +305,7 @@ def layer_with_gaps(scorer: str, chunk: int) -> tuple[Tensor, Tensor, Tensor, li
     recorder = QueryRecorder(LENGTH)
     cache = cache_for(build(), before, LENGTH)
     cache.probes.append(recorder)
-    finish(build(), cache, chunk)
+    read_through(build(), cache, prompt(LENGTH), chunk)
     query = recorder.take()[2]
     scored = run(f"{before} | {scorer}", chunk=chunk)
     return query.asked(), query.q, cache.layers[2].store.keys(), kept(scored)[2]

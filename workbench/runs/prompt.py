@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ from torch import Tensor
 from workbench.cache.cache import WorkbenchCache
 from workbench.errors import OutOfMemoryError
 from workbench.models.layerwise import LayerwisePrefill
+from workbench.runs.control import Control
 from workbench.runs.reference import QueryRecorder
 from workbench.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
     from workbench.cache.segments import Query
     from workbench.models.load import Model
-    from workbench.runs.control import Control
 
 SNAPSHOT_WINDOW = 128  # queries kept at the end of a prompt; recipes that vote with more read the prompt again
 
@@ -92,6 +92,16 @@ def read(
         logits = forward(model, cache, ids[start:stop])
         yield stop
     return logits
+
+
+def read_through(model: Model, cache: WorkbenchCache, ids: list[int], chunk: int) -> Tensor:
+    """:func:`read` without a stop between chunks: logits [vocabulary] after the last token."""
+    reading = read(model, cache, ids, chunk, Control())
+    while True:
+        try:
+            next(reading)
+        except StopIteration as finished:
+            return cast(Tensor, finished.value)
 
 
 def _read_by_layer(
