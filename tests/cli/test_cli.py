@@ -85,7 +85,7 @@ def test_json_has_the_documented_keys(folder: Path, capsys: pytest.CaptureFixtur
 
 
 def test_json_says_how_many_tokens_each_layer_was_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lanes = ("--lane", "fastkv(tsp_rate=0.3)", "--lane", "fastkv | kivi(bits=2, group_size=16, residual_length=16)")
+    lanes = ("--lane", "fastkv(tsp_rate=0.3)", "--lane", "fastkv | snapkv(budget=0.1)")
     result = json_of(capsys, command(folder, "--token-ids", IDS, *lanes, "--json", "-"))
     assert [lane["error"] for lane in result["lanes"]] == [None] * 4
     assert [lane["tokens_by_layer"] for lane in result["lanes"]] == [[80, 80], [80, 80], [80, 24], [80, 16]]
