@@ -15,6 +15,7 @@ from workbench.cache.attention import register
 from workbench.cache.cache import WorkbenchCache
 from workbench.models.load import Model
 from workbench.strategies.recipe import Recipe
+from workbench.strategies.registry import registry
 
 VOCABULARY = 97
 SIZES = {
@@ -91,8 +92,21 @@ def plain(name: str) -> Any:
 
 @functools.cache
 def build(name: str = "llama") -> Model:
-    """The same weights as a workbench model."""
-    return Model(f"test/{name}", network(name, "workbench"), None)
+    """The same weights as a workbench model, with random artifacts for the strategies that need some."""
+    return with_artifacts(Model(f"test/{name}", network(name, "workbench"), None))
+
+
+def with_artifacts(model: Model) -> Model:
+    """The model with an artifact of every kind that a strategy asks for, random and without meaning."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = {kind for cls in registry().values() for kind in cls().artifacts}
+    for kind in sorted(kinds, key=lambda kind: kind.method):
+        tensors = {}
+        for name, shape in kind.shapes(model.geometry).items():
+            size = [8 if isinstance(axis, str) else axis for axis in shape]
+            tensors[name] = torch.rand(size, generator=generator) - (0.5 if kind.suffix == ".safetensors" else 0.0)
+        model.artifacts.put(model.artifacts.make(kind, tensors, {}))
+    return model
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -112,4 +126,4 @@ def feed(model: Model, cache: Any, ids: list[int], chunk: int | None = None) -> 
 
 
 def cache_for(model: Model, recipe: str = "full", prompt_length: int | None = None) -> WorkbenchCache:
-    return WorkbenchCache(Recipe.parse(recipe), model.geometry, prompt_length)
+    return WorkbenchCache(Recipe.parse(recipe), model.geometry, prompt_length, artifacts=model.artifacts)

@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several processes instead: make test WORKERS=…
 # Notebook kernels and commands that a test starts take the same checkout as the tests, installed or not.
+os.environ.setdefault("KVW_DATA", str(ROOT / "test-results" / "data"))  # not what the person has calibrated
 _roots = [str(ROOT / folder) for folder in (".", "kernels", "widgets")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_roots, *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import workbench as wb
 from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
 from workbench.cache.cache import WorkbenchCache
 from workbench.strategies.base import tokens_kept, tokens_kept_together
@@ -19,9 +20,11 @@ EVICTIONS = [key for key, cls in registry().items() if issubclass(cls, Eviction)
 STEPWISE = [key for key in EVICTIONS if issubclass(registry()[key], StepwiseEviction)]
 RAGGED = [key for key, cls in registry().items() if cls().ragged]
 TOGETHER = {"defensivekv": 1, "layer_defensivekv": 3}  # layers whose heads share a budget that is rounded on their sum
-UNEVEN = {"pyramidkv", "cake"}  # layers keep different numbers
+UNEVEN = {"pyramidkv", "cake", "compresskv"}  # layers keep different numbers
+GLOBAL = {"headkv"}  # one budget for all layers together
 CHUNKS = {"chunkkv"}  # whole chunks: fewer than the budget allows, maybe
 EVEN = [key for key in EVICTIONS if key not in {*RAGGED, *UNEVEN, *CHUNKS}]
+NEEDS_ROPE = {"expected_attention", "locret"}
 BYTES_OF_POSITION = 4
 
 
@@ -75,6 +78,8 @@ def test_as_many_entries_stay_as_the_budget_says(key: str, budget: float | int) 
         expected = tokens_kept_together(budget, LENGTH, shared)
         assert expected <= shared * max(count, budget * LENGTH if isinstance(budget, float) else count)
         assert all(sum(rows[first : first + shared]) == expected for first in range(0, len(rows), shared))
+    elif key in GLOBAL:
+        assert sum(len(head) for layer in layers for head in layer) == count * len(layers) * len(layers[0])
     elif key in RAGGED:
         assert all(sum(map(len, layer)) == count * len(layer) for layer in layers)
     else:
@@ -107,6 +112,10 @@ def test_chunks_of_the_prompt_do_not_change_what_stays(key: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_strategy_runs_on_every_architecture(key: str, name: str) -> None:
+    if key in NEEDS_ROPE and name == "gpt2":
+        with pytest.raises(wb.RecipeError, match=f"{key} needs rotary position embeddings"):
+            run(key, name=name)
+        return
     cache = run(f"{key}(budget=0.2)", later=3, chunk=40, name=name)
     assert cache.get_seq_length() == LENGTH + 3
     for window, layer in zip(cache.geometry.sliding_windows, kept(cache)):

@@ -27,6 +27,8 @@ def values_of(cls: type[Strategy]) -> st.SearchStrategy[dict[str, Any]]:
             choices[name] = BUDGETS
         elif isinstance(declared, param.Selector):
             choices[name] = st.sampled_from(list(declared.objects))
+        elif isinstance(declared, param.Boolean):
+            choices[name] = st.booleans()
         elif isinstance(declared, param.Number):
             low, high = declared.bounds
             number = st.integers if isinstance(declared, param.Integer) else st.floats
@@ -140,7 +142,7 @@ def test_monsters_are_recipes_or_recipe_errors(text: str) -> None:
         ("full full", "cannot be read"),
         ("snapkw(budget=0.5)", "Did you mean snapkv?"),
         ("kivy", "Did you mean kivi?"),
-        ("nothing_like_it", "Known: adakv, cake, chunkkv, critical, defensivekv, h2o"),
+        ("nothing_like_it", "Known: adakv, cake, chunkkv, compresskv, critical, defensivekv, expected_attention"),
         ("snapkv(budgt=0.5)", "Did you mean budget?"),
         ("snapkv(0.5)", "name its parameters, like snapkv(budget=0.25)"),
         ("full(0.5)", "full"),
@@ -190,6 +192,22 @@ def test_monsters_are_recipes_or_recipe_errors(text: str) -> None:
         ("kivi | kivi(bits=4)", "one codec"),
         ("h2o | kivi", "h2o(recompress_every=0)"),
         ("kivi | tova", "tova(recompress_every=0)"),
+        (
+            "think | snapkv",
+            "snapkv cannot follow think, whose keys no other method can take over; put snapkv before it",
+        ),
+        ("think | kivi", "kivi cannot follow think, whose keys no other method can take over; use one of the two"),
+        ("think | think", "use one of the two"),
+        ("kivi | think", "think cannot follow kivi: entries are held by one codec"),
+        ("adakv | think", "think cannot follow adakv, which leaves every head with its own number of tokens; use one"),
+        ("tova | think", "take apart what think holds, each time; write tova(recompress_every=0)"),
+        ("think(ratio=1.5)", "ratio must be a number between 0.0 and 1.0, got 1.5"),
+        ("adakv(scorer='think')", "cannot score with think"),
+        ("streaming_llm(rerotate=1)", "rerotate cannot be 1; its default is False"),
+        ("snapkv | streaming_llm(rerotate=True)", "no other method may evict beside it; take snapkv out"),
+        ("streaming_llm(rerotate=True) | knorm", "take knorm out"),
+        ("locret | snapkv", "no other method may evict beside it; take snapkv out"),
+        ("streaming_llm(rerotate=True) | kivi", "streaming_llm(recompress_every=0)"),
         ("full" + " " * 3000, "2,000 is the most"),
     ],
 )
@@ -246,6 +264,11 @@ def test_a_recipe_remembers_its_text_and_a_recipe_is_taken_as_it_is() -> None:
         "adakv | kivi",
         "tova(budget=1.0) | kivi",
         "snapkv | knorm",
+        "snapkv(budget=0.25) | think(ratio=0.5)",
+        "h2o(recompress_every=0) | think",
+        "tova(budget=1.0) | think",
+        "streaming_llm(rerotate=True, recompress_every=0) | kivi",
+        "streaming_llm(rerotate=True, recompress_every=0) | think",
     ],
 )
 def test_compositions_that_make_sense_are_taken(text: str) -> None:
@@ -261,6 +284,7 @@ def test_parts_never_change() -> None:
 def test_strategies_describes_every_one_for_a_form() -> None:
     described = {entry["name"]: entry for entry in strategies()}
     assert set(described) == set(registry()) and described["kivi"]["parameters"]["bits"]["choices"] == [2, 4, 8]
+    assert described["headkv"]["needs"] == ["queries", "kvw calibrate headkv MODEL"]
     for entry in described.values():
         assert entry["title"] and entry["summary"].endswith(".") and entry["family"]
         for name, parameter in entry["parameters"].items():

@@ -23,6 +23,7 @@ _WHERE = {
     "PromptError": "workbench.errors",
     "RecipeError": "workbench.errors",
     "StorageError": "workbench.errors",
+    "ArtifactError": "workbench.errors",
     "OutOfMemoryError": "workbench.errors",
 }
 _CALLABLE_PACKAGES = ("cache", "models", "strategies")  # folders and functions of one name: see _callable.py
@@ -30,6 +31,7 @@ __all__ = [*_WHERE, *_CALLABLE_PACKAGES, "__version__"]
 
 if TYPE_CHECKING:
     from workbench.cache.make import cache as cache
+    from workbench.errors import ArtifactError as ArtifactError
     from workbench.errors import ModelError as ModelError
     from workbench.errors import OutOfMemoryError as OutOfMemoryError
     from workbench.errors import PromptError as PromptError

@@ -24,13 +24,25 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train_app = typer.Typer(help="Train a house model again.", no_args_is_help=True)
+train_app = typer.Typer(help="Train a house model again, or what a method needs for a model.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+calibrate_app = typer.Typer(help="Measure a model for the methods that need it beforehand.", no_args_is_help=True)
+app.add_typer(calibrate_app, name="calibrate")
 
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; - is standard output.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="House name, local folder, or Hub id.")]
+Samples = Annotated[int, typer.Option(help="Prompts of each kind that are asked.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Where to write; by default beside the model, or in your data folder, where it is found again.",
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -81,7 +93,7 @@ def strategies(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="House name, local folder, or Hub id.")],
+    model: ModelName,
     lane: Annotated[
         list[str],
         typer.Option(metavar="RECIPE", help="A recipe; repeat it for more lanes. The first is the reference."),
@@ -105,7 +117,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DType = "auto",
     chunk: Annotated[int, typer.Option(help="Prompt tokens read in one step.")] = 2048,
     kept: Annotated[bool, typer.Option("--kept", help="Include the kept positions of every head.")] = False,
     drift: Annotated[bool, typer.Option("--drift", help="Measure drift from the reference lane.")] = False,
@@ -142,6 +154,53 @@ def train_recall(
     from workbench.commands.train import recall
 
     raise typer.Exit(recall(out, minutes, steps, resume, device, seed))
+
+
+@train_app.command("locret")
+def train_locret(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="House name, local folder, or Hub id.")],
+    out: Target = None,
+    steps: Annotated[int | None, typer.Option(help="Training texts; 3,000 if not given.")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Of the hidden layer; if not given 1,024, or half of a smaller model's hidden size."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint beside FILE.")] = False,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Decides the heads' first weights and the texts.")] = 0,
+) -> None:
+    """Train Locret's retaining heads for a model. Ctrl-C leaves a checkpoint to go on from."""
+    from workbench.commands.train import locret
+
+    raise typer.Exit(locret(model, out, steps, width, resume, device, seed))
+
+
+@calibrate_app.command("compresskv")
+def calibrate_compresskv(
+    model: ModelName,
+    samples: Samples = 120,
+    out: Target = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Find the heads that read what answers, and how much each layer suffers from a very small cache."""
+    from workbench.commands.calibrate import calibrate
+
+    raise typer.Exit(calibrate("compresskv", model, samples, out, device, dtype))
+
+
+@calibrate_app.command("headkv")
+def calibrate_headkv(
+    model: ModelName,
+    samples: Samples = 120,
+    out: Target = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Find out how often each head looks at the very token that is copied."""
+    from workbench.commands.calibrate import calibrate
+
+    raise typer.Exit(calibrate("headkv", model, samples, out, device, dtype))
 
 
 @app.command()

@@ -23,5 +23,9 @@ class StorageError(WorkbenchError):
     """A file could not be written or read."""
 
 
+class ArtifactError(WorkbenchError):
+    """What was calibrated or trained for a model is missing, damaged, or of another model."""
+
+
 class OutOfMemoryError(WorkbenchError):
     """The device has too little memory for this run."""

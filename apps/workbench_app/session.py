@@ -258,8 +258,7 @@ class Session:
     def _checked(self, text: str) -> Recipe:
         recipe = Recipe.parse(text)
         if self.model is not None:
-            for part in recipe.parts:
-                part.check(self.model.geometry)
+            recipe.check(self.model.geometry, self.model.artifacts)
         return recipe
 
     def _prompt_is_good(self, ask: Ask) -> bool:

@@ -58,6 +58,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of q [B, Hq, Tq, D] over k, v [B, H, N, D] without repeating K and V over the GQA group.
 
+    v may have another width than q and k; the output then has that of v.
+
     Args:
         causal: the queries belong to the *last* Tq entries (aligned at the end); earlier entries are all visible.
         window: with ``causal``, a query sees only the last ``window`` entries up to its own (sliding-window layers).
@@ -69,7 +71,7 @@ def attend(
     """
     queries, entries = q.shape[2], k.shape[2]
     if entries == 0:
-        return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     if window is not None and entries <= window:
         window = None  # nothing lies outside the window
     if mask is not None or softcap is not None or window is not None:

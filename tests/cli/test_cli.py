@@ -187,7 +187,7 @@ def test_help_and_version_are_quick_and_load_no_torch(capsys: pytest.CaptureFixt
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "widgets"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for name in ("app", "models", "strategies", "compare", "bench", "train"):
+    for name in ("app", "models", "strategies", "compare", "bench", "train", "calibrate"):
         assert name in done.stdout
     for name in ("inspect", "denoise", "sweep"):  # only commands that work
         assert name not in done.stdout

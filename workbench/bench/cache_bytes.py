@@ -53,7 +53,7 @@ def measure_bytes(recipes: Sequence[str] | None, quick: bool, tell: Callable[[st
 
 def after_prompt(model: Model, recipe: str, length: int) -> Memory:
     """What a recipe holds right after a prompt that was read in chunks of 2,048 tokens."""
-    cache = WorkbenchCache(Recipe.parse(recipe), model.geometry, length)
+    cache = WorkbenchCache(Recipe.parse(recipe), model.geometry, length, artifacts=model.artifacts)
     ids = torch.tensor([random_ids(model, length)])
     with torch.inference_mode():
         for start in range(0, length, 2048):

@@ -16,6 +16,7 @@ from workbench.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
     from workbench.cache.segments import Query
+    from workbench.models.artifacts import Artifacts
     from workbench.models.geometry import Geometry
 
 
@@ -48,6 +49,7 @@ class WorkbenchCache(Cache):
         prompt_length: tokens of the prompt when it is fed in several chunks; without it the first forward call is
             taken for the whole prompt.
         probes: observers of attention.
+        artifacts: what was calibrated or trained for the model.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class WorkbenchCache(Cache):
         geometry: Geometry,
         prompt_length: int | None = None,
         probes: Sequence[AttentionProbe] = (),
+        artifacts: Artifacts | None = None,
     ) -> None:
         self.recipe, self.geometry, self.prompt_length = recipe, geometry, prompt_length
         self.probes: list[AttentionProbe] = list(probes)
+        self.artifacts = artifacts
         self.replaying = False
         self.peak_bytes = 0
         self._layer_bytes = [0] * geometry.num_layers
@@ -66,8 +70,7 @@ class WorkbenchCache(Cache):
         self._before_chunk = (0, [0] * geometry.num_layers)  # the peak and the layers' bytes before that chunk
         self._asked: list[Query] = []  # per layer read so far: the prompt's last queries, until the prompt is finished
         super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
-        for part in recipe.parts:
-            part.check(geometry)
+        recipe.check(geometry, artifacts)
 
     def note_prompt(self, tokens: int) -> None:
         """The first forward call tells the prompt's length unless it was given."""
@@ -137,7 +140,7 @@ class WorkbenchCache(Cache):
 
     def clone(self, recipe: Recipe | None = None) -> WorkbenchCache:
         """Fork: the twin shares all storage held now. A new recipe applies from the next step on."""
-        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length)
+        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length, artifacts=self.artifacts)
         twin.layers = [layer.clone(twin) for layer in self.layers]
         if recipe is not None:
             for layer in twin.layers:

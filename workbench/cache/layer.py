@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from workbench.cache.growable import MIN_SPARE
 from workbench.cache.segments import Query, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
-from workbench.errors import WorkbenchError
+from workbench.errors import ArtifactError, WorkbenchError
 from workbench.models.projections import output_weight
 from workbench_kernels import attention_sums
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.cache.cache import WorkbenchCache
+    from workbench.models.artifacts import Artifact
+    from workbench.models.rope import Rope
+    from workbench.strategies.base import Declared
 
 
 SWEEP = 64  # tokens between two clearings of what a sliding window has passed
@@ -60,6 +63,15 @@ class LayerView:
         windows = (layer.sliding_window for layer in self._owner.cache.layers)
         return [self.prompt_length if window is None else min(window, self.prompt_length) for window in windows]
 
+    def artifact(self, part: Declared) -> Artifact:
+        """What was calibrated or trained for this model and ``part`` (a strategy, allocator or selector) needs."""
+        cache = self._owner.cache
+        if cache.artifacts is None or part.artifact_kind is None:
+            raise ArtifactError(
+                f"{part.key} asks for an artifact that was not checked for before the run; report this."
+            )
+        return cache.artifacts.get(part.artifact_kind, part.artifact_path)
+
     def earlier(self) -> list[LayerView]:
         """The layers before this one, to look at what they hold and to drop more of it."""
         return [layer.view(self._part, self._query) for layer in self._owner.cache.layers[: self.layer]]
@@ -67,6 +79,16 @@ class LayerView:
     @property
     def scale(self) -> float:
         return self._query.scale
+
+    @property
+    def rope(self) -> Rope:
+        """How this layer turns its queries and keys by position; a strategy's ``check`` asks for it beforehand."""
+        return self._owner.cache.geometry.ropes[self.layer]
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that this layer sees; None for full attention."""
+        return self._query.window
 
     @property
     def length(self) -> int:
@@ -123,9 +145,14 @@ class LayerView:
             self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
         )
 
-    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
-        """Keep only these entries (see :meth:`Store.keep`); the rest is freed."""
-        self._owner.store.keep(index)
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
+        """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
+        self._owner.store.keep(index, keys)
+        self._owner.cache.note_bytes(self._owner)
+
+    def narrow_keys(self, channels: Tensor, recent: int) -> None:
+        """Hold only some channels of older keys (see :meth:`Store.narrow_keys`); the rest is freed."""
+        self._owner.store.narrow_keys(channels, recent)
         self._owner.cache.note_bytes(self._owner)
 
     def recode(self, codec: Codec) -> None:

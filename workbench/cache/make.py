@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from workbench.cache.attention import NAME, register
 from workbench.cache.cache import WorkbenchCache
 from workbench.errors import ModelError
+from workbench.models.artifacts import Artifacts, content_hash
 from workbench.models.geometry import Geometry
 from workbench.models.load import Model
 from workbench.strategies.recipe import Recipe
@@ -22,19 +24,21 @@ def cache(recipe: str | Recipe, model: Model | Any, prompt_length: int | None = 
 
     Raises:
         RecipeError: the recipe cannot be read or cannot run on this model.
+        ArtifactError: it needs what was not calibrated or trained for this model.
         ModelError: the model uses another attention implementation.
     """
     register()
     parsed = Recipe.parse(recipe)
     if isinstance(model, Model):
-        return WorkbenchCache(parsed, model.geometry, prompt_length)
-    config = model.config.get_text_config()
-    used = getattr(config, "_attn_implementation", None)
+        return WorkbenchCache(parsed, model.geometry, prompt_length, artifacts=model.artifacts)
+    used = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if used != NAME:
         raise ModelError(
             f"This model uses the attention implementation '{used}', which would ignore the cache's strategy; call "
             f"model.set_attn_implementation('{NAME}') first."
         )
-    parameter = next(model.parameters())
-    geometry = Geometry.of(config, str(parameter.dtype).removeprefix("torch."), parameter.element_size())
-    return WorkbenchCache(parsed, geometry, prompt_length)
+    geometry = Geometry.of_network(model)
+    name = getattr(model.config, "name_or_path", None) or "this model"
+    folder = Path(name) if Path(name).is_dir() else None
+    artifacts = Artifacts(name, geometry, lambda: content_hash(model, geometry), folder)
+    return WorkbenchCache(parsed, geometry, prompt_length, artifacts=artifacts)

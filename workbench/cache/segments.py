@@ -85,6 +85,11 @@ def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
     return mask
 
 
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Entries ``index`` [B, H, m] of keys or values x [B, H, n, D]: a copy [B, H, m, D]."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
 class Segment(ABC):
     """Entries of one layer held in one way. Subclasses say how; the store only knows this interface."""
 
@@ -269,8 +274,17 @@ class DenseSegment(UniformSegment):
     def drop_before(self, position: int) -> None:
         cut = self._passed(position)
         if cut:
-            self._forget(cut)
-            self.k, self.v = self.k.after(cut), self.v.after(cut)
+            self._drop_oldest(cut)
+
+    def after(self, count: int) -> DenseSegment:
+        """The entries after the ``count`` oldest, on their own: a copy."""
+        rest = self.clone()
+        rest._drop_oldest(count)
+        return rest
+
+    def _drop_oldest(self, count: int) -> None:
+        self._forget(count)
+        self.k, self.v = self.k.after(count), self.v.after(count)
 
     def nbytes(self) -> dict[str, int]:
         held = {"keys": self.k.nbytes(), "values": self.v.nbytes()}

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from workbench.cache.channels import ChannelSegment
 from workbench.cache.ragged import RaggedSegment
-from workbench.cache.segments import DenseSegment, Query, Segment, UniformSegment
+from workbench.cache.segments import DenseSegment, Query, Segment, UniformSegment, take
+from workbench.errors import WorkbenchError
 from workbench_kernels import merge_partials
 
 if TYPE_CHECKING:
@@ -37,12 +39,12 @@ class Store:
         self.batch, self.heads = batch, heads
         self.segments: list[Segment] = [DenseSegment(batch, heads)]
         self.codec: Codec | None = None
-        self._dropped = False
+        self._changed = False
 
     @property
     def changed(self) -> bool:
-        """Whether a strategy dropped entries or holds some as codes."""
-        return self._dropped or any(self.packed(row) for row in range(self.rows))
+        """Whether a strategy dropped entries or channels, or holds some entries as codes."""
+        return self._changed or any(self.packed(row) for row in range(self.rows))
 
     @property
     def rows(self) -> int:
@@ -119,23 +121,24 @@ class Store:
         stacked = torch.stack([self.entries(row)[side] for row in range(self.rows)])
         return stacked.unflatten(0, (self.batch, self.heads))
 
-    def keep(self, index: Tensor | Sequence[Tensor]) -> None:
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only the entries named, and free the others.
 
         Args:
             index: int64 [B, H, m] of entry numbers in ascending order, or one such vector per row where rows keep
                 different numbers.
+            keys: [B, H, m, D] to hold instead of the keys that the entries have; needs rows that keep equal numbers.
         """
         per_row: Iterable[Tensor] = index.flatten(0, 1) if isinstance(index, Tensor) else index
         rows = list(per_row)
         if all(len(kept) == held for kept, held in zip(rows, self.lengths, strict=True)):
             return  # everything stays: the store is left exactly as it is
-        self._dropped = True
+        self._changed = True
         only = self.segments[0]
         if isinstance(index, Tensor) and len(self.segments) == 1 and isinstance(only, DenseSegment):
             at = self.all_positions().gather(2, index)
-            wide = index[..., None].expand(-1, -1, -1, only.keys().shape[-1])
-            self.segments = [self._hold(only.keys().gather(2, wide), only.values().gather(2, wide), at)]
+            k = take(only.keys(), index) if keys is None else keys
+            self.segments = [self._hold(k, take(only.values(), index), at)]
             return
         gathered = []
         for row, kept in enumerate(rows):
@@ -145,10 +148,26 @@ class Store:
             k, v, at = (
                 torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*gathered, strict=True)
             )
-            self.segments = [self._hold(k, v, at)]
+            self.segments = [self._hold(k if keys is None else keys, v, at)]
         else:
             parts = [self._hold(k[None, None], v[None, None], at[None, None]) for k, v, at in gathered]
             self.segments = [RaggedSegment(parts, self.heads)]
+
+    def narrow_keys(self, channels: Tensor, recent: int) -> None:
+        """Hold only some channels of the keys, and free the others, but for the newest entries and those to come.
+
+        Args:
+            channels: int64 [B, H, m], ascending.
+            recent: newest entries that keep all channels.
+        """
+        (dense,) = self.segments
+        if not isinstance(dense, DenseSegment):
+            raise WorkbenchError(
+                "Channels can only be taken from keys in the model's own precision, equally many a head."
+            )
+        cut = max(dense.length - recent, 0)
+        self._changed = True
+        self.segments = [ChannelSegment.narrowed(dense, cut, channels), dense.after(cut)]
 
     def recode(self, codec: Codec) -> None:
         """Hold the entries, and those still to come, by ``codec``."""
@@ -198,5 +217,5 @@ class Store:
         """A store that shares all storage held now and goes its own way from here."""
         twin = Store(self.batch, self.heads)
         twin.segments = [segment.clone() for segment in self.segments]
-        twin.codec, twin._dropped = self.codec, self._dropped
+        twin.codec, twin._changed = self.codec, self._changed
         return twin

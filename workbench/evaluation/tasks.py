@@ -67,7 +67,7 @@ def needle(
         PromptError: a model without a tokenizer, or an argument out of range.
     """
     try:
-        found = text.document(seed, length_tokens, _tokenizer(model), depth=depth, kind=kind)
+        found = text.document(seed, length_tokens, fast_tokenizer(model), depth=depth, kind=kind)
     except ValueError as error:
         raise PromptError(str(error).removeprefix("document: ").capitalize()) from None
     title = f"Needle in prose, {found.kind}"
@@ -134,7 +134,7 @@ def examples(model: Model) -> list[Example]:
     return [example for example in made if example.tokens < model.geometry.max_positions]
 
 
-def _tokenizer(model: Model) -> Any:
+def fast_tokenizer(model: Model) -> Any:
     if model.tokenizer is None or not getattr(model.tokenizer, "is_fast", False):
         raise PromptError(
             f"{model.id} has no fast tokenizer, which examples need to tell where their evidence is; give a prompt of your own."
@@ -146,7 +146,7 @@ def _example(
     model: Model, title: str, context: str, question: str, answer: str | None, evidence: Sequence[str]
 ) -> Example:
     """Encode the prompt and find the tokens of each piece of evidence, which stands in the context once."""
-    _tokenizer(model)
+    fast_tokenizer(model)
     encoded = model.tokenizer(context + question, return_offsets_mapping=True)
     spans = []
     for piece in evidence:

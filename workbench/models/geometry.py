@@ -1,11 +1,12 @@
-"""The shape of a model's attention, read from its config."""
+"""The shape of a model's attention, read from its config, and how it turns keys by position, read from the model."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from workbench.errors import ModelError
+from workbench.models.rope import Ropes
 
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
@@ -26,6 +27,7 @@ class Geometry:
     sliding_windows: tuple[int | None, ...]  # per layer: tokens it sees, None for full attention
     rope_theta: float | None = None
     softcap: float | None = None
+    ropes: Ropes = field(default_factory=Ropes, compare=False, repr=False)
 
     @property
     def bytes_per_token(self) -> int:
@@ -33,7 +35,16 @@ class Geometry:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.element_size
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "bytes_per_token": self.bytes_per_token}
+        """The numbers, for people and machines."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ropes"}
+        return {**numbers, "bytes_per_token": self.bytes_per_token}
+
+    @classmethod
+    def of_network(cls, network: Any) -> Geometry:
+        """Read a transformers model; :meth:`of` tells what is refused."""
+        parameter = next(network.parameters())
+        shape = cls.of(network.config, str(parameter.dtype).removeprefix("torch."), parameter.element_size())
+        return replace(shape, ropes=Ropes(network))
 
     @classmethod
     def of(cls, config: Any, dtype: str = "float32", element_size: int = 4) -> Geometry:

@@ -5,6 +5,7 @@ transformers' models are imported where one is loaded: that takes over a second,
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import threading
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from workbench.errors import ModelError, PromptError
+from workbench.models.artifacts import Artifacts, content_hash
 from workbench.models.geometry import Geometry
 from workbench.models.house import HOUSE, house_path
 
@@ -32,16 +34,20 @@ class Model:
 
     Attributes:
         id: the name it was loaded by; network: the transformers model; tokenizer: its tokenizer or None;
-        geometry: the shape of its attention; device: where it runs.
+        geometry: the shape of its attention; device: where it runs;
+        artifacts: what was calibrated or trained for it.
     """
 
-    def __init__(self, id: str, network: Any, tokenizer: Any) -> None:
+    def __init__(self, id: str, network: Any, tokenizer: Any, folder: Path | None = None) -> None:
         self.id, self.network, self.tokenizer = id, network, tokenizer
-        parameter = next(network.parameters())
-        self.device = parameter.device
-        self.geometry = Geometry.of(
-            network.config, str(parameter.dtype).removeprefix("torch."), parameter.element_size()
-        )
+        self.device = next(network.parameters()).device
+        self.geometry = Geometry.of_network(network)
+        self.artifacts = Artifacts(id, self.geometry, lambda: self.content_hash, folder)
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """What its artifacts know it by: see :func:`workbench.models.artifacts.content_hash`."""
+        return content_hash(self.network, self.geometry)
 
     def __repr__(self) -> str:
         g = self.geometry
@@ -147,7 +153,8 @@ def load(name: str | Path, device: str = "auto", dtype: str = "auto") -> Model:
         network = network.to(place).eval()
     except torch.cuda.OutOfMemoryError:
         raise ModelError(f"{name} does not fit on {place}; load it with device='cpu' or dtype='bfloat16'.") from None
-    return Model(str(name), network, _tokenizer(str(name), source, local))
+    folder = source if isinstance(source, Path) else None
+    return Model(str(name), network, _tokenizer(str(name), source, local), folder)
 
 
 @contextmanager

@@ -61,8 +61,7 @@ class Run:
                 f"{model.geometry.max_positions:,}; shorten them."
             )
         for recipe in self.recipes:
-            for part in recipe.parts:
-                part.check(model.geometry)
+            recipe.check(model.geometry, model.artifacts)
         sampling = Sampling(max_new_tokens, temperature, seed)
         self.settings = Settings(sampling, chunk, first_token, tuple(probes), reuse_prompt)
         self.lanes = [

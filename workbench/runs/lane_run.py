@@ -96,7 +96,7 @@ class LaneRun:
             cache = run.snapshot.fork(self.recipe)
             lane.prefill_seconds = run.snapshot.seconds + time.perf_counter() - began
             return cache, run.snapshot.logits
-        cache = WorkbenchCache(self.recipe, self.model.geometry, total)
+        cache = WorkbenchCache(self.recipe, self.model.geometry, total, artifacts=self.model.artifacts)
         began = time.perf_counter()
         logits = yield from self._reported(read(self.model, cache, run.prompt, chunk, self.control), total)
         lane.prefill_seconds = time.perf_counter() - began

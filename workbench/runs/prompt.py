@@ -63,7 +63,7 @@ def _full(model: Model, cache: WorkbenchCache) -> OutOfMemoryError:
 def read(
     model: Model, cache: WorkbenchCache, ids: list[int], chunk: int, control: Control
 ) -> Generator[int, None, Tensor]:
-    """Feed a prompt in chunks of at most ``chunk`` tokens.
+    """Feed a prompt in chunks of at most ``chunk`` tokens, cut where the recipe acts within the prompt.
 
     Yields:
         The number of tokens read so far, after each chunk.
@@ -74,11 +74,11 @@ def read(
     Raises:
         Cancelled: ``control`` was cancelled between two chunks.
     """
-    for start in range(0, len(ids), chunk):
+    for start, stop in cache.recipe.chunks(len(ids), chunk):
         if control.cancelled:
             raise Cancelled
-        logits = forward(model, cache, ids[start : start + chunk])
-        yield min(start + chunk, len(ids))
+        logits = forward(model, cache, ids[start:stop])
+        yield stop
     return logits
 
 
@@ -106,7 +106,7 @@ class Snapshot:
 def take_snapshot(model: Model, ids: list[int], chunk: int, control: Control) -> Generator[int, None, Snapshot]:
     """Read a prompt under the empty recipe and keep its state; yields the tokens read so far."""
     recorder = QueryRecorder(SNAPSHOT_WINDOW)
-    cache = WorkbenchCache(Recipe(), model.geometry, len(ids), [recorder])
+    cache = WorkbenchCache(Recipe(), model.geometry, len(ids), [recorder], model.artifacts)
     began = time.perf_counter()
     logits = yield from read(model, cache, ids, chunk, control)
     cache.probes.clear()

@@ -31,13 +31,18 @@ def write_json(path: str | Path, data: Any) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text as :func:`write_bytes` does."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write beside the target, force it to the disk, then take the target's place in one move."""
     target = check_writable(path)
     special = target.exists() and not target.is_file()  # a pipe or a device is written to, not replaced
     fresh = target if special else target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(fresh, "wb") as file:
+            file.write(data)
             file.flush()
             if not special:
                 os.fsync(file.fileno())

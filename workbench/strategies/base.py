@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.cache.layer import LayerView
+    from workbench.models.artifacts import Kind
     from workbench.models.geometry import Geometry
 
 
@@ -57,11 +59,13 @@ class Declared(param.Parameterized):
         key: the name in recipes and messages.
         private: parameters that are not given alongside when this is a component of another part.
         choosing: parameters that name components.
+        artifact_kind: what must have been calibrated or trained for the model, if the part itself needs such.
     """
 
     key: ClassVar[str] = ""
     private: ClassVar[frozenset[str]] = frozenset()
     choosing: ClassVar[frozenset[str]] = frozenset({"allocator", "selector", "scorer"})
+    artifact_kind: ClassVar[Kind | None] = None
 
     def __init__(self, **values: Any) -> None:
         own = self.parameter_names()
@@ -96,6 +100,17 @@ class Declared(param.Parameterized):
     def settled(self, kind: type[Declared]) -> dict[str, Any]:
         """Parameters of a component that this part decides itself."""
         return {}
+
+    @property
+    def artifact_path(self) -> str:
+        """The file named for this part's artifact; empty for the one that belongs to the model."""
+        return getattr(self, "artifact", "")
+
+    @property
+    def artifacts(self) -> dict[Kind, str]:
+        """All artifacts that this part and its components need: kind -> file, empty where it belongs."""
+        found = {kind: path for part in self._parts for kind, path in part.artifacts.items()}
+        return found if self.artifact_kind is None else {**found, self.artifact_kind: self.artifact_path}
 
     def _with(self) -> str:
         chosen = [str(value) for name, value in self.values().items() if name in self.choosing and value is not None]
@@ -150,12 +165,19 @@ class Strategy(Declared):
         ragged: True when heads may keep different numbers of entries.
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
             recipe then act after that.
+        alone: True when no other method may drop tokens in the same recipe.
+        closing: True when it holds entries in a form that no other method can take over, so it comes last.
     """
 
     family: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    closing: ClassVar[bool] = False
+
+    @property
+    def alone(self) -> bool:
+        return False
 
     @property
     def needs_prompt(self) -> bool:
@@ -179,6 +201,10 @@ class Strategy(Declared):
 
     def check(self, geometry: Geometry) -> None:
         """Raise RecipeError, in one sentence, where this strategy cannot run on such a model."""
+
+    def cuts(self, prompt_length: int) -> Sequence[int]:
+        """Numbers of tokens after which the method wants to act: no chunk of the prompt is fed across one."""
+        return ()
 
     def on_chunk(self, view: LayerView) -> None:
         """After each chunk of the prompt attended in a layer."""
@@ -209,12 +235,12 @@ def canonical(key: str, declared: param.Parameter, value: Any) -> Any:
 
 def written(value: Any) -> str:
     """A parameter value as it is written in a recipe."""
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def written_out(values: dict[str, Any]) -> str:
-    """Parameters as they are written in a recipe; those left open (None) are left out."""
-    return ", ".join(f"{name}={written(value)}" for name, value in values.items() if value is not None)
+    """Parameters as they are written in a recipe; those left open (None, or no text) are left out."""
+    return ", ".join(f"{name}={written(value)}" for name, value in values.items() if value not in (None, ""))
 
 
 def suggestion(name: str, known: list[str]) -> str:

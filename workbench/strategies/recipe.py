@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.errors import RecipeError
+from workbench.errors import ArtifactError, RecipeError
 from workbench.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    from workbench.models.artifacts import Artifacts
+    from workbench.models.geometry import Geometry
 
 FULL = "full"
 LONGEST = 2000  # characters of a recipe
@@ -40,6 +44,23 @@ class Recipe:
     def needs_prompt(self) -> bool:
         """Whether a strategy must watch the prompt being read."""
         return any(part.needs_prompt for part in self.parts)
+
+    def chunks(self, length: int, most: int) -> list[tuple[int, int]]:
+        """A prompt in pieces [start, stop) of at most ``most`` tokens, cut also where a strategy acts within it."""
+        wanted = {cut for part in self.parts for cut in part.cuts(length) if 0 < cut < length}
+        ends = sorted({*range(most, length, most), *wanted, length})
+        return list(zip([0, *ends], ends))
+
+    def check(self, geometry: Geometry, artifacts: Artifacts | None) -> None:
+        """Raise, in one sentence, where a strategy cannot run on such a model or lacks what is made for it beforehand."""
+        for part in self.parts:
+            part.check(geometry)
+            for kind, path in part.artifacts.items():
+                if artifacts is None:
+                    raise ArtifactError(
+                        f"{kind.method} needs a {kind.what}, which belongs to a model; make the cache with wb.cache(recipe, model)."
+                    )
+                artifacts.get(kind, path)
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
@@ -115,21 +136,39 @@ def _check_order(parts: tuple[Strategy, ...]) -> None:
     """Refuse combinations that make no sense, and say which do."""
     for number, part in enumerate(parts):
         before = parts[:number]
+        closing = next((p for p in before if p.closing), None)
+        if closing is not None:
+            remedy = f"put {part.key} before it" if _drops_tokens(part) else "use one of the two"
+            raise RecipeError(
+                f"{part.key} cannot follow {closing.key}, whose keys no other method can take over; {remedy}."
+            )
         ragged = next((p for p in before if p.ragged), None)
         if part.family == "eviction" and ragged is not None:
+            remedy = "use one of the two" if part.closing else f"put {part.key} first or use one of the two"
             raise RecipeError(
-                f"{part.key} cannot follow {ragged.key}, which leaves every head with its own number of tokens; put "
-                f"{part.key} first or use one of the two."
+                f"{part.key} cannot follow {ragged.key}, which leaves every head with its own number of tokens; {remedy}."
             )
         coded = next((p for p in before if p.family == "quantization"), None)
-        if part.family == "quantization" and coded is not None:
+        if coded is not None and (part.family == "quantization" or part.closing):
             raise RecipeError(
                 f"{part.key} cannot follow {coded.key}: entries are held by one codec; use one of the two."
             )
-    acting = next((p for p in parts if p.family == "eviction" and p.keeps_acting), None)
-    coded = next((p for p in parts if p.family == "quantization"), None)
-    if acting is not None and coded is not None:
+    alone = next((p for p in parts if p.alone), None)
+    other = next((p for p in parts if p is not alone and _drops_tokens(p)), None)
+    if alone is not None and other is not None:
         raise RecipeError(
-            f"{acting.key} evicts at every step, which would quantize {coded.key}'s key groups anew each time; write "
+            f"{alone.resolved} goes by its own account of what is held, so no other method may evict beside it; take "
+            f"{other.key} out."
+        )
+    acting = next((p for p in parts if p.family == "eviction" and p.keeps_acting), None)
+    coded = next((p for p in parts if p.family == "quantization" or p.closing), None)
+    if acting is not None and coded is not None:
+        would = "take apart what" if coded.closing else "quantize anew what"
+        raise RecipeError(
+            f"{acting.key} evicts at every step, which would {would} {coded.key} holds, each time; write "
             f"{acting.key}(recompress_every=0) so that it acts once, or use snapkv(...) | {coded.key}(...)."
         )
+
+
+def _drops_tokens(part: Strategy) -> bool:
+    return part.family == "eviction" and not part.closing

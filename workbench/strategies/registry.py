@@ -12,14 +12,21 @@ from workbench.strategies.base import Strategy, suggestion
 from workbench.strategies.eviction.adakv import AdaKV
 from workbench.strategies.eviction.cake import CAKE
 from workbench.strategies.eviction.chunkkv import ChunkKV
+from workbench.strategies.eviction.compresskv import CompressKV
 from workbench.strategies.eviction.critical import CriticalKV
 from workbench.strategies.eviction.defensivekv import DefensiveKV, LayerDefensiveKV
+from workbench.strategies.eviction.expected_attention import ExpectedAttention
 from workbench.strategies.eviction.h2o import H2O
+from workbench.strategies.eviction.headkv import HeadKV
+from workbench.strategies.eviction.keydiff import KeyDiff
 from workbench.strategies.eviction.knorm import KNorm
+from workbench.strategies.eviction.locret import Locret
+from workbench.strategies.eviction.observed_attention import ObservedAttention
 from workbench.strategies.eviction.pyramidkv import PyramidKV
 from workbench.strategies.eviction.random import Random
 from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
+from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 
@@ -27,17 +34,24 @@ GROUP = "kv_workbench.strategies"
 OURS: list[type[Strategy]] = [
     SnapKV,
     AdaKV,
+    HeadKV,
     PyramidKV,
     ChunkKV,
     CriticalKV,
     CAKE,
+    CompressKV,
     DefensiveKV,
     LayerDefensiveKV,
+    ExpectedAttention,
     H2O,
+    ObservedAttention,
     TOVA,
     StreamingLLM,
+    KeyDiff,
     KNorm,
     Random,
+    Locret,
+    ThinK,
     KIVI,
 ]
 
@@ -67,7 +81,11 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def describe(cls: type[Strategy]) -> dict[str, Any]:
-    """A strategy for people and machines: what the CLI prints, the app draws and the docs list."""
+    """A strategy for people and machines: what the CLI prints, the app draws and the docs list.
+
+    ``needs`` names the last queries of the prompt, and the commands that make what a model needs beforehand.
+    """
+    default = cls()
     parameters = {}
     for name in cls.parameter_names():
         declared = cls.param[name]
@@ -85,7 +103,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": ["queries"] if cls().query_window else [],
+        "needs": [*(["queries"] if default.query_window else []), *(k.made_by("MODEL") for k in default.artifacts)],
     }
 
 

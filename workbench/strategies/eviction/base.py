@@ -109,7 +109,7 @@ class Eviction(Strategy):
     )
     allocator: Any = param.Selector(
         default=None,
-        objects=[None, "adakv", "pyramidkv", "flat", "global", "cake"],
+        objects=[None, "adakv", "pyramidkv", "flat", "global", "cake", "compresskv", "headkv"],
         doc="who shares the budget over layers and heads; without one every head keeps the same number",
         precedence=7,
     )
@@ -197,6 +197,11 @@ class Eviction(Strategy):
 
     def after_prompt(self, views: Sequence[LayerView]) -> None:
         self.allocator_part.after_prompt(self, views)
+        for view in views:
+            self.forget(view)
+
+    def forget(self, view: LayerView) -> None:
+        """Let go of what was noted while the prompt was read, unless it is needed while generating."""
 
     def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
         """Keep only these entries; a method with state per entry keeps that in step."""
@@ -267,6 +272,9 @@ class Wrapper(Eviction):
 
     def choose(self, view: LayerView, rows: list[Tensor], safe: int) -> list[Tensor]:
         return self.inner.choose(view, rows, safe)
+
+    def forget(self, view: LayerView) -> None:
+        self.inner.forget(view)
 
     def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
         self.inner.keep(view, index)

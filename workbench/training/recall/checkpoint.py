@@ -11,16 +11,16 @@ import torch
 FILE = "checkpoint.pt"
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
+def save(folder: Path, state: dict[str, Any], file: str = FILE) -> None:
     """Write beside the old checkpoint, then take its place in one move: an interruption leaves one of the two."""
-    fresh = folder / (FILE + ".new")
+    fresh = folder / (file + ".new")
     torch.save(state, fresh)
-    os.replace(fresh, folder / FILE)
+    os.replace(fresh, folder / file)
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path, file: str = FILE) -> dict[str, Any]:
     """The state saved in `folder`; a missing or unreadable file is a ValueError in one sentence."""
-    path = folder / FILE
+    path = folder / file
     if not path.exists():
         raise ValueError(f"There is no checkpoint {path} to resume from; start without resume.")
     try:
