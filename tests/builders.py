@@ -133,7 +133,7 @@ def feed(model: Model, cache: Any, ids: list[int], chunk: int | None = None) -> 
 
 
 def whole_cache_for(model: Model, recipe: str, prompt_length: int | None = None) -> WorkbenchCache:
-    """FastKV with every token in every layer: as a cache alone it cannot do more. For the rest see test_fastkv.py."""
+    """FastKV with every token in every layer: as a cache alone it cannot do more. For the rest see test_fastkv.py and test_fastkv_lanes.py."""
     return cache_for(model, recipe.replace("fastkv(", "fastkv(tsp_rate=1.0, "), prompt_length)
 
 
