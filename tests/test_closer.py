@@ -220,5 +220,7 @@ def test_retained_mass_needs_a_reference_that_finished() -> None:
     "count, most, needed, expected",
     [(5, 10, [], [0, 1, 2, 3, 4]), (11, 3, [], [0, 5, 10]), (11, 3, [4, 99, -1], [0, 4, 5, 10]), (0, 3, [0], [])],
 )
-def test_thinned_keeps_the_ends_and_what_is_needed(count: int, most: int, needed: list[int], expected: list[int]) -> None:
+def test_thinned_keeps_the_ends_and_what_is_needed(
+    count: int, most: int, needed: list[int], expected: list[int]
+) -> None:
     assert thinned(count, most, needed).tolist() == expected

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
+from tests.builders import ARCHITECTURES, build, feed, network, prompt
+from tests.builders import whole_cache_for as cache_for
 from workbench.cache.cache import WorkbenchCache
 from workbench.strategies.base import tokens_kept, tokens_kept_together
 from workbench.strategies.eviction.base import Eviction, StepwiseEviction

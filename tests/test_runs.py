@@ -18,6 +18,7 @@ from workbench.runs.lane import Answer, Lane
 from workbench.runs.lane_run import LaneRun
 from workbench.runs.reference import ReferenceAnswer
 from workbench.strategies.base import Strategy
+from workbench.strategies.eviction.base import Eviction
 from workbench.strategies.recipe import Recipe
 from workbench.strategies.registry import registry
 
@@ -25,7 +26,8 @@ KIVI = "kivi(group_size=16, residual_length=16)"
 RECIPES = [
     "full",
     KIVI,
-    *(f"{key}(budget=0.3)" for key in registry() if registry()[key].family == "eviction"),
+    *(f"{key}(budget=0.3)" for key, cls in registry().items() if issubclass(cls, Eviction)),
+    "think",
     f"snapkv(budget=0.5, window=8) | {KIVI}",
     f"adakv(budget=0.4, window=8) | {KIVI}",
     f"{KIVI} | knorm(budget=0.5)",
@@ -56,8 +58,8 @@ def test_reusing_a_read_prompt_gives_exactly_the_same_lanes(name: str, chunk: in
     options: dict[str, Any] = {"max_new_tokens": 5, "chunk": chunk}
     fresh, reused = (wb.compare(build(name), prompt(100), RECIPES, reuse_prompt=r, **options) for r in (False, True))
     assert [lane.prefill_reused for lane in fresh] == [False] * len(RECIPES)
-    rereading = sum(Recipe.parse(recipe).needs_prompt for recipe in RECIPES)
-    assert sum(lane.prefill_reused for lane in reused) == len(RECIPES) - 1 - rereading  # the first one reads it for all
+    alone = {r for r in RECIPES if (recipe := Recipe.parse(r)).needs_prompt or recipe.needs_token_set}
+    assert [lane.prefill_reused for lane in reused] == [i > 0 and r not in alone for i, r in enumerate(RECIPES)]
     for a, b in zip(fresh, reused):
         assert a.error is None
         assert (a.tokens, a.kept_positions, a.packed) == (b.tokens, b.kept_positions, b.packed), a.recipe

@@ -161,6 +161,8 @@ class Strategy(Declared):
         family: eviction, quantization, …; title, paper, summary: for people.
         query_window: queries at the end of the prompt that the method votes with; 0 if none.
         needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
+        needs_token_set: True when it lets tokens of the prompt stay behind between two layers (``view.pass_on``): the
+            layers are then run one by one, which is no part of ``model.generate``.
         keeps_acting: True when it acts at every generated token.
         ragged: True when heads may keep different numbers of entries.
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
@@ -181,6 +183,10 @@ class Strategy(Declared):
 
     @property
     def needs_prompt(self) -> bool:
+        return False
+
+    @property
+    def needs_token_set(self) -> bool:
         return False
 
     @property

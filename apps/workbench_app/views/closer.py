@@ -21,6 +21,7 @@ LOOKS = {
     "Why dropped?": ("fate", "WhyDropped"),
     "Overlap": ("overlap", "Overlap"),
     "Retained attention": ("retained", "Retained"),
+    "Tokens processed": ("given", "TokensProcessed"),
 }
 CLOSED = "None"
 # The group's buttons stand apart, so that they may wrap on a narrow screen.

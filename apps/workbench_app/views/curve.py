@@ -155,6 +155,15 @@ class ScoreCurve(Look):
 
 def unscored(name: str, log: ScoreLog, layer: int, lane: LaneState) -> str:
     """Why a layer has no scores."""
-    if all(len(head) >= log.tokens for head in lane.kept[layer]):
+    given = given_to(lane, layer, log.tokens)
+    if all(len(head) >= given for head in lane.kept[layer]):
+        if given < log.tokens:
+            return f"{name} gave L{layer} only {given:,} of {log.tokens:,} tokens and keeps them all, so nothing was scored there."
         return f"{name} keeps every token in L{layer}, so nothing was scored there."
     return f"{name} does not choose by one score per token in L{layer}; the strip above shows what stayed."
+
+
+def given_to(lane: LaneState, layer: int, tokens: int) -> int:
+    """How many of the prompt's tokens a layer was given."""
+    given = lane.result.tokens_by_layer if lane.result is not None else []
+    return given[layer] if layer < len(given) else tokens

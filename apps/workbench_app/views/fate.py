@@ -16,6 +16,7 @@ from workbench_app import formats
 from workbench_app.ask import LaneState
 from workbench_app.looks import BAR
 from workbench_app.selection import token_on_show
+from workbench_app.views.curve import given_to
 from workbench_app.views.look import Look, head_name, quiet, score_text, sentence
 from workbench_widgets.panel import HeadMatrixPane
 
@@ -76,7 +77,7 @@ class WhyDropped(Look):
         else:
             self.matrix.show(found.score.numpy(), metric="score of the token", unit="", signs=signs)
         self.matrix.picked = list(at)
-        self._note.object = quiet(f"{head_name(at)}: {self._cell(found, at, log)} Hatched: not scored there.")
+        self._note.object = quiet(f"{head_name(at)}: {self._cell(found, at, log, lane)} Hatched: not scored there.")
         self._frame = pd.DataFrame(
             [
                 {
@@ -107,16 +108,18 @@ class WhyDropped(Look):
             )
         return f"<p>{out}</p>"
 
-    def _cell(self, found: Fate, at: tuple[int, int], log: ScoreLog) -> str:
+    def _cell(self, found: Fate, at: tuple[int, int], log: ScoreLog, lane: LaneState) -> str:
         score, cut, kept = float(found.score[at]), float(found.cut[at]), bool(found.kept[at])
         state = "kept" if kept else "dropped"
+        given = given_to(lane, at[0], log.tokens)
+        if not kept and given < log.tokens and math.isnan(score):
+            return f"{state}: it stayed behind; L{at[0]} was given {given:,} of {log.tokens:,} tokens."
         if log.layers[at[0]] is None:
-            how = (
-                "; the layer keeps everything."
-                if int(found.held[at]) >= log.tokens
+            return state + (
+                "; the layer keeps all it was given."
+                if int(found.held[at]) >= given
                 else "; not by one score per token."
             )
-            return state + how
         if math.isnan(score):
             return f"{state} without a score: {'it never had to compete' if kept else 'it was gone before the choice was made'}."
         out = f"{state} · score {score_text(score)} · rank {int(found.rank[at]):,} of {int(found.scored[at]):,}"
