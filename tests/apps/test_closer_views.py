@@ -219,3 +219,27 @@ def test_the_numbers_are_there_as_a_table(session: Any, closer: Closer, opened: 
     assert table.value.equals(look.table()) and len(table.value) > 0
     closer.table_switch.value = False
     assert list(closer._table) == []
+
+
+def test_fewer_tokens_for_later_layers(session: Any, closer: Closer, opened: Open) -> None:
+    lane, total = session.lanes[1], len(session.texts)
+    assert "every layer processed all" in opened("Tokens processed").lead.object
+    session.set_recipe(lane.key, "fastkv(budget=0.1, tsp_rate=0.25, tsp_layer=0)")
+    settle(session)
+    given = lane.result.tokens_by_layer
+    assert given == [total, total // 4]
+    look = opened("Tokens processed")
+    assert look.table()["tokens processed"].tolist() == given
+    bars = look._pane.object.renderers[1].data_source.data
+    assert (bars["right"] - bars["left"]).tolist() == given
+    assert f"from L1 on, layers processed <b>{total // 4:,}</b>" in look.lead.object
+
+
+def test_a_layer_that_keeps_all_it_was_given_says_so(session: Any, closer: Closer, opened: Open) -> None:
+    session.set_recipe(session.lanes[1].key, "fastkv(budget=0.25, tsp_rate=0.25, tsp_layer=0)")
+    settle(session)
+    closer.state.param.update(layer=1, head=0)
+    total = len(session.texts)
+    assert f"gave L1 only {total // 4:,} of {total:,} tokens and keeps them all" in opened("Scores").lead.object
+    closer.state.key = next(p for p in range(total) if p not in session.lanes[1].kept[1][0])
+    assert f"it stayed behind; L1 was given {total // 4:,} of {total:,} tokens" in opened("Why dropped?")._note.object
