@@ -12,9 +12,9 @@ from torch import Tensor
 
 import workbench as wb
 from tests.builders import build, plain, prompt
-from workbench.inspection.overlap import jaccard, kept_counts, overlap, overlap_by_head
+from workbench.inspection.overlap import held_masks, jaccard, overlap
 from workbench.inspection.retained import lowest_of_group, mass_on
-from workbench.inspection.scores import ScoreLog, curve, fate, held_mask, thinned
+from workbench.inspection.scores import ScoreLog, curve, fate, thinned
 from workbench.runs.control import Control
 from workbench.runs.prompt import Cancelled, take_snapshot
 from workbench.runs.replay import finish, scored
@@ -34,21 +34,25 @@ def recipe_of(key: str) -> str:
 # -- scores --------------------------------------------------------------------------------------------------------
 
 
+def mask(*held: int, tokens: int = 6) -> Tensor:
+    return held_masks([[held]], tokens)[0, 0]
+
+
 def test_a_curve_by_hand() -> None:
     row = torch.tensor([INF, 3.0, 1.0, 2.0, NAN, 2.0])
-    found = curve(row, [0, 1, 4, 5])
+    found = curve(row, mask(0, 1, 4, 5))
     assert found.positions.tolist() == [0, 1, 5, 3, 2]  # of the two with score 2 the later one first
     assert found.kept.tolist() == [True, True, True, False, False]
     assert (found.protected, found.unscored, found.cut, found.by_rank) == (1, 1, 2.0, True)
-    assert curve(row, [0]).cut is None
-    assert not curve(row, [0, 3]).by_rank
+    assert curve(row, mask(0)).cut is None
+    assert not curve(row, mask(0, 3)).by_rank
 
 
 def test_the_fate_of_a_token_by_hand() -> None:
     log = ScoreLog(2, 4)
     log.on_scores(0, 0, torch.tensor([[[4.0, 1.0, 3.0, INF], [2.0, 2.0, 2.0, 2.0]]]), torch.arange(4).expand(1, 2, 4))
     kept = [[[0, 3], [2, 3]], [[0, 1, 2, 3], [1]]]
-    found = fate(log, kept, 2)
+    found = fate(log, held_masks(kept, 4), 2)
     assert found.kept.tolist() == [[False, True], [True, False]]
     assert found.rank.tolist() == [[3, 2], [0, 0]]
     assert found.scored.tolist() == [[4, 4], [0, 0]]
@@ -78,7 +82,7 @@ def test_recorded_scores_are_those_the_lane_chose_by(key: str) -> None:
             assert all(len(head) == given for head in layer)  # nothing had to be chosen
             continue
         for row, kept in zip(rows, layer, strict=True):
-            found = curve(row, kept)
+            found = curve(row, mask(*kept, tokens=T))
             assert int(found.kept.sum()) + found.unscored == len(kept)
             assert found.by_rank or key in BY_STAGES
             competed += int((~found.kept).sum())
@@ -102,12 +106,12 @@ def test_a_snapshot_gives_the_same_scores(key: str) -> None:
 def test_fate_and_curve_tell_the_same(text: str) -> None:
     model, ids = build(), prompt(T)
     log, cache = finish(scored(model, ids, text))
-    kept = [[cache.kept(layer, head) for head in range(2)] for layer in range(3)]
+    held = held_masks([[cache.kept(layer, head) for head in range(2)] for layer in range(3)], T)
     for position in (0, 31, T - 1):
-        found = fate(log, kept, position)
+        found = fate(log, held, position)
         for layer in range(3):
             for head in range(2):
-                row = curve(log.layers[layer][head], kept[layer][head])
+                row = curve(log.layers[layer][head], held[layer, head])
                 place = row.positions.tolist().index(position)
                 at = (layer, head)
                 assert found.rank[at] == place + 1 and found.kept[at] == row.kept[place]
@@ -133,16 +137,14 @@ TWO = [[[1, 2], [2, 3]], [[1], []]]
 
 
 def test_overlap_by_hand() -> None:
-    assert jaccard([0, 1], [1, 2]) == pytest.approx(1 / 3)
-    assert math.isnan(jaccard([], []))
-    np.testing.assert_allclose(overlap_by_head(ONE, TWO), [[1 / 3, 1.0], [0.0, NAN]])
-    np.testing.assert_allclose(overlap([ONE, TWO]), [[1.0, 3 / 7], [3 / 7, 1.0]])
-    np.testing.assert_allclose(overlap([ONE, TWO], at=(0, 0)), [[1.0, 1 / 3], [1 / 3, 1.0]])
-    assert kept_counts(ONE).tolist() == [[2, 2], [1, 0]]
+    one, two = held_masks(ONE, 5), held_masks(TWO, 5)
+    np.testing.assert_allclose(jaccard(one, two), [[1 / 3, 1.0], [0.0, NAN]])
+    np.testing.assert_allclose(overlap([one, two]), [[1.0, 3 / 7], [3 / 7, 1.0]])
+    np.testing.assert_allclose(overlap([one, two], at=(0, 0)), [[1.0, 1 / 3], [1 / 3, 1.0]])
 
 
 def test_held_mask_leaves_out_what_came_after_the_prompt() -> None:
-    assert held_mask([[0, 2, 5], []], 4).tolist() == [[True, False, True, False], [False] * 4]
+    assert held_masks([[[0, 2, 5], []]], 4).tolist() == [[[True, False, True, False], [False] * 4]]
 
 
 # -- retained mass --------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def test_retained_mass_is_that_of_plain_attention(name: str, later: int) -> None
         for layer, weights in enumerate(layers):
             for head in range(4):
                 held = torch.ones(at + 1, dtype=torch.bool)
-                held[: len(ids)] = held_mask([cmp[1].kept(layer, head // 2)], len(ids))[0]
+                held[: len(ids)] = held_masks([[cmp[1].kept(layer, head // 2)]], len(ids))[0, 0]
                 row = weights[head, at, : at + 1]
                 expected = float(row[held].sum() / row.sum())
                 assert float(measured[1][step, layer, head]) == pytest.approx(expected, abs=2e-5)

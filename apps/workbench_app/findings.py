@@ -9,6 +9,7 @@ from collections.abc import Generator, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import workbench as wb
+from workbench.inspection.overlap import held_masks
 from workbench.runs.control import Control, device_queue
 from workbench.runs.prompt import Cancelled
 from workbench.runs.replay import retained, scored
@@ -16,6 +17,8 @@ from workbench_app.lane_work import Told
 from workbench_app.runner import Job, Urgency
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from workbench.inspection.scores import ScoreLog
     from workbench_app.ask import Ask, LaneState
     from workbench_app.session import Session
@@ -33,6 +36,7 @@ class Findings:
         self._trouble: dict[Hashable, str] = {}
         self._under_way: dict[Hashable, str] = {}  # what is being measured, and how far it is
         self._stopped = False
+        self._held: dict[int, tuple[Any, Tensor]] = {}  # by lane
         self._numbers = itertools.count()
 
     # -- asking ---------------------------------------------------------------------------------------------------------
@@ -60,6 +64,16 @@ class Findings:
             wanted = [keys[n] for n in missing]
             self._submit(wanted, lambda control: self._retain(model, ask, trace, results, control))
         return [self._known.get(key) for key in keys]
+
+    def held(self, lane: LaneState) -> Tensor:
+        """What a lane holds of the prompt, as a mask bool [layers, KV heads, tokens]; made once for what it holds now."""
+        tokens = len(self._session.texts)
+        known = self._held.get(lane.key)
+        if known is None or known[0] is not lane.kept or known[1].shape[-1] != tokens:
+            known = self._held[lane.key] = (lane.kept, held_masks(lane.kept, tokens))
+            for key in self._held.keys() - {lane.key for lane in self._session.lanes}:
+                del self._held[key]
+        return known[1]
 
     def said(self, kind: str, lane: LaneState) -> str:
         """Why there is nothing to see yet, in a sentence."""

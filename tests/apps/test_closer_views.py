@@ -10,7 +10,7 @@ import pytest
 
 import tests.apps.stand_in  # noqa: F401  (makes the app importable)
 from tests.apps.stand_in import settle
-from workbench.inspection.overlap import overlap, overlap_by_head
+from workbench.inspection.overlap import held_masks, jaccard, overlap
 from workbench.inspection.scores import curve, fate
 from workbench.runs.replay import finish, retained, scored
 from workbench_app.heads import Heads
@@ -37,6 +37,10 @@ def opened(session: Any, closer: Closer) -> Open:
         return closer.open
 
     return open_
+
+
+def held_of(lane: Any, session: Any) -> Any:
+    return held_masks(lane.kept, len(session.texts))
 
 
 def log_of(session: Any) -> Any:
@@ -71,7 +75,7 @@ def test_budget_bars_are_the_kept_counts(session: Any, closer: Closer, opened: O
 def test_the_curve_is_that_of_the_recorded_scores(session: Any, closer: Closer, opened: Open) -> None:
     closer.state.param.update(layer=1, head=0)
     look = opened("Scores")
-    expected = curve(log_of(session).layers[1][0], session.lanes[1].kept[1][0])
+    expected = curve(log_of(session).layers[1][0], held_of(session.lanes[1], session)[1, 0])
     table = look.table()
     assert table["position"].tolist() == expected.positions.tolist()
     assert (table["state"] == "kept").tolist() == expected.kept.tolist()
@@ -90,7 +94,7 @@ def test_why_a_token_was_dropped(session: Any, closer: Closer, opened: Open, num
     closer.state.param.update(layer=1, head=0, key=20)
     look = opened("Why dropped?")
     look.number.value = number
-    expected = fate(log_of(session), session.lanes[1].kept, 20)
+    expected = fate(log_of(session), held_of(session.lanes[1], session), 20)
     grid = np.frombuffer(look.matrix.values, "<f4").reshape(2, 2)
     np.testing.assert_allclose(grid, expected.rank if number == "rank" else expected.score, rtol=1e-6)
     signs = np.frombuffer(look.matrix.signs, np.uint8).reshape(2, 2)
@@ -99,13 +103,16 @@ def test_why_a_token_was_dropped(session: Any, closer: Closer, opened: Open, num
     assert f"rank {int(expected.rank[1, 0]):,} of" in look._note.object
     look.matrix.selected = {"n": 1, "layer": 0, "head": 1}
     assert (closer.state.layer, closer.state.head) == (0, 1)
-    look.token.value = 3
+    for wrong in ("x", "-1", str(len(session.texts))):
+        look.token.value = wrong
+        assert closer.state.key == 20 and look.token.value == "20"
+    look.token.value = "3"
     assert closer.state.key == 3 and "prompt token 3" in look.lead.object
 
 
 def test_the_token_shown_first_is_no_choice_of_a_person(session: Any, closer: Closer, opened: Open) -> None:
     look = opened("Why dropped?")
-    assert closer.state.key is None and look.token.value == session.lanes[1].why.lost[0].position
+    assert closer.state.key is None and look.token.value == str(session.lanes[1].why.lost[0].position)
 
 
 def test_a_picked_token_leads_to_the_strip(session: Any, closer: Closer, opened: Open) -> None:
@@ -122,13 +129,13 @@ def test_a_picked_token_leads_to_the_strip(session: Any, closer: Closer, opened:
 def test_overlap_of_all_lanes_and_of_a_head(session: Any, closer: Closer, opened: Open) -> None:
     closer.state.param.update(layer=1, head=1)
     look = opened("Overlap")
-    kept = [lane.kept for lane in session.lanes]
+    kept = [held_of(lane, session) for lane in session.lanes]
     table = look.table()
     np.testing.assert_allclose(table[["Ref", "A", "B"]][:3], overlap(kept).round(4))
     np.testing.assert_allclose(table[["Ref", "A", "B"]][3:], overlap(kept, (1, 1)).round(4))
     look.other.value = "Ref"
     grid = np.frombuffer(look.matrix.values, "<f4").reshape(2, 2)
-    np.testing.assert_allclose(grid, overlap_by_head(kept[1], kept[0]), rtol=1e-6)
+    np.testing.assert_allclose(grid, jaccard(kept[1], kept[0]), rtol=1e-6)
     assert "<table" in look._tables.object and "L1 KV1" in look._tables.object
 
 

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.inspection.overlap import counted
 from workbench.strategies.eviction.base import ranked
 
 
@@ -76,14 +76,13 @@ class Curve:
         return not bool(self.kept.int().diff().gt(0).any())
 
 
-def curve(scores: Tensor, kept: Sequence[int]) -> Curve:
+def curve(scores: Tensor, held: Tensor) -> Curve:
     """The score curve of one head.
 
     Args:
         scores: float32 [T], a row of :attr:`ScoreLog.layers`.
-        kept: positions the head held after the prompt.
+        held: bool [T], whether the head held the token after the prompt.
     """
-    held = held_mask([kept], len(scores))[0]
     known = (~scores.isnan()).nonzero().squeeze(-1)
     order = known[ranked(scores[known])]
     unscored = int((held & scores.isnan()).sum())
@@ -112,37 +111,30 @@ class Fate:
     held: Tensor
 
 
-def fate(log: ScoreLog, kept: Sequence[Sequence[Sequence[int]]], position: int) -> Fate:
+def fate(log: ScoreLog, held: Tensor, position: int) -> Fate:
     """Score, rank and cut of one prompt token in every layer and head.
 
     Args:
-        kept: [L][H] positions held after the prompt.
+        held: bool [L, H, T], what the lane held after the prompt (:func:`workbench.inspection.overlap.held_masks`).
         position: of the token, below ``log.tokens``.
     """
-    rows = []
-    for scores, held in zip(log.layers, kept, strict=True):
-        mask = held_mask(held, log.tokens)  # [H, T]
-        known = torch.full(mask.shape, math.nan) if scores is None else scores
-        own = known[:, position, None]  # [H, 1]
-        later = torch.arange(log.tokens) > position
-        before = ((known > own) | ((known == own) & later)).sum(1)
-        rank = torch.where(own[:, 0].isnan(), 0, before + 1)
+    later = torch.arange(log.tokens) > position
+    unknown = torch.full(held.shape[1:], math.nan)
+    score, rank, cut, scored = [], [], [], []
+    for rows, mask in zip(log.layers, held, strict=True):
+        known = unknown if rows is None else rows  # [H, T]
+        own = known[:, position]
+        better = (known > own[:, None]) | ((known == own[:, None]) & later)
         competing = torch.where(mask & (known < math.inf), known, math.inf).amin(1)
-        cut = torch.where(competing == math.inf, math.nan, competing)
-        rows.append((mask[:, position], own[:, 0], rank, (~known.isnan()).sum(1), cut, mask.sum(1)))
-    return Fate(position, *(torch.stack(side) for side in zip(*rows, strict=True)))
+        score.append(own)
+        rank.append(torch.where(own.isnan(), 0, counted(better) + 1))
+        cut.append(torch.where(competing == math.inf, math.nan, competing))
+        scored.append(counted(known == known))
+    stacked = (torch.stack(side) for side in (score, rank, scored, cut))
+    return Fate(position, held[..., position], *stacked, counted(held))
 
 
 def thinned(count: int, most: int, needed: Sequence[int] = ()) -> Tensor:
     """At most ``most`` of ``count`` places in even steps, the first and last among them, and the ``needed`` ones: int64."""
     even = torch.linspace(0, max(0, count - 1), min(count, most)).round().long()
     return torch.cat([even, torch.tensor([n for n in needed if 0 <= n < count], dtype=torch.long)]).unique()
-
-
-def held_mask(kept: Sequence[Sequence[int]], tokens: int) -> Tensor:
-    """Bool [H, T]: which of the prompt's tokens each head holds; positions beyond the prompt are left out."""
-    mask = torch.zeros(len(kept), tokens, dtype=torch.bool)
-    for row, positions in zip(mask, kept, strict=True):
-        at = torch.from_numpy(np.array(positions, dtype=np.int64))  # far quicker for a long list than torch.tensor
-        row[at[at < tokens]] = True
-    return mask

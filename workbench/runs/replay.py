@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from workbench.cache.cache import WorkbenchCache
+from workbench.inspection.overlap import held_masks
 from workbench.inspection.retained import RetainedMass
-from workbench.inspection.scores import ScoreLog, held_mask
+from workbench.inspection.scores import ScoreLog
 from workbench.runs.control import Control
 from workbench.runs.prompt import Cancelled, forward, read
 from workbench.strategies.recipe import Recipe
@@ -107,7 +108,7 @@ def retained(
     for lane in lanes:
         acting = Recipe.parse(lane.resolved).keeps_acting
         own.append(finish(scored(model, prompt, lane.resolved, chunk, control, snapshot))[1] if acting else None)
-    after_prompt = [[held_mask(layer, len(prompt)) for layer in lane.kept_positions] for lane in lanes]
+    after_prompt = [held_masks(lane.kept_positions, len(prompt)) for lane in lanes]
     cache.probes.append(probe)
     steps = []
     fed = [question, *([token] for token in trace.answers[answer].tokens[:-1])]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import panel as pn
 
-from workbench.inspection.overlap import kept_counts
+from workbench.inspection.overlap import counted
 from workbench_app import formats
 from workbench_app.ask import LaneState
 from workbench_app.charts import layer_bars
@@ -27,7 +27,7 @@ class Budgets(Look):
         return [self._pane, self._note]
 
     def draw(self, lane: LaneState, at: tuple[int, int]) -> None:
-        counts, total = kept_counts(lane.kept), len(self.session.texts)  # [L, H]
+        counts, total = counted(self.session.findings.held(lane)).numpy(), len(self.session.texts)  # [L, H]
         layers, heads = counts.shape
         full, look = total * heads, self.look(lane)
         sums = counts.sum(1)

@@ -45,7 +45,7 @@ class ScoreCurve(Look):
         if rows is None:
             self.empty(unscored(look.name, log, at[0], lane))
             return
-        self._found = found = curve(rows[at[1]], lane.kept[at[0]][at[1]])
+        self._found = found = curve(rows[at[1]], self.session.findings.held(lane)[at])
         token = token_on_show(self.session, lane, self.state)
         self.lead.object = self._sentence(found, look, at)
         self._pane.object = self._plot(found, look, token)

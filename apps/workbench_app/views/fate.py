@@ -29,13 +29,14 @@ class WhyDropped(Look):
     question = "Why was this token dropped, or kept, in each layer and head?"
 
     def build(self) -> list[Any]:
-        self.token = pmui.IntInput(label="prompt token", value=0, start=0, end=1, size="small", width=130, margin=0)
+        self.token = pmui.TextInput(label="prompt token", value="", size="small", width=130, margin=0)
         self.number = pmui.RadioButtonGroup(
             label="Number in the cells", options=[RANK, SCORE], value=RANK, size="small", margin=0
         )
         self.matrix = HeadMatrixPane(group="heads", margin=0)
         self._note = sentence()
         self._frame: Any = None
+        self._shown: int | None = None
         self._filling = False
         self.token.param.watch(self._typed, "value")
         self.number.param.watch(lambda _: self.refresh(), "value")
@@ -53,8 +54,18 @@ class WhyDropped(Look):
         )
 
     def _typed(self, event: Any) -> None:
-        if not self._filling and event.new is not None and 0 <= event.new < len(self.session.texts):
-            self.state.key = int(event.new)
+        if self._filling:
+            return
+        text = event.new.strip()
+        if text.isdecimal() and int(text) < len(self.session.texts):
+            self.state.key = int(text)
+        elif self._shown is not None:
+            self._fill(self._shown)  # no token of the prompt
+
+    def _fill(self, token: int) -> None:
+        self._filling = True
+        self.token.value = str(token)
+        self._filling = False
 
     def draw(self, lane: LaneState, at: tuple[int, int]) -> None:
         token = token_on_show(self.session, lane, self.state)
@@ -62,10 +73,9 @@ class WhyDropped(Look):
         if log is None or token is None:
             self.empty(self.session.findings.said("scores", lane))
             return
-        found = fate(log, lane.kept, token)
-        self._filling = True
-        self.token.param.update(end=len(self.session.texts) - 1, value=token)
-        self._filling = False
+        found = fate(log, self.session.findings.held(lane), token)
+        self._shown = token
+        self._fill(token)
         self.lead.object = self._sentence(found, log, lane)
         signs = np.where(found.kept.numpy(), 1, 2)
         if self.number.value == RANK:
@@ -77,7 +87,8 @@ class WhyDropped(Look):
         else:
             self.matrix.show(found.score.numpy(), metric="score of the token", unit="", signs=signs)
         self.matrix.picked = list(at)
-        self._note.object = quiet(f"{head_name(at)}: {self._cell(found, at, log, lane)} Hatched: not scored there.")
+        hatched = " Hatched: the token has no score there." if bool(found.score.isnan().any()) else ""
+        self._note.object = quiet(f"{head_name(at)}: {self._cell(found, at, log, lane)}{hatched}")
         self._frame = pd.DataFrame(
             [
                 {

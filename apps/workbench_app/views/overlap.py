@@ -10,7 +10,7 @@ import pandas as pd
 import panel as pn
 import panel_material_ui as pmui
 
-from workbench.inspection.overlap import overlap, overlap_by_head
+from workbench.inspection.overlap import jaccard, overlap
 from workbench_app import formats, recipes
 from workbench_app.ask import LaneState
 from workbench_app.looks import BAR, HEADS
@@ -60,8 +60,10 @@ class Overlap(Look):
             value = self.other.value if self.other.value in options else options[-1]
             self.other.param.update(options=options, value=value)
         other = dict(lanes)[self.other.value]
-        whole, head = overlap([l.kept for _, l in lanes]), overlap([l.kept for _, l in lanes], at)
-        titles = [recipes.title(l.recipe) for _, l in lanes]
+        held = self.session.findings.held
+        masks = [held(one) for _, one in lanes]
+        whole, head = overlap(masks), overlap(masks, at)
+        titles = [recipes.title(one.recipe) for _, one in lanes]
         self.lead.object = self._sentence(lane, other, whole[letters.index(own), letters.index(self.other.value)])
         self._tables.object = "".join(
             (
@@ -70,7 +72,7 @@ class Overlap(Look):
             )
         )
         self.matrix.show(
-            overlap_by_head(lane.kept, other.kept),
+            jaccard(held(lane), held(other)),
             metric=f"Jaccard index of {own} and {self.other.value}",
             unit="",
             low=0.0,
@@ -107,5 +109,5 @@ def matrix_html(title: str, letters: list[str], names: list[str], values: np.nda
         rows.append(f'<tr><th scope="row">{letter}<span class="quiet"> {escape(name)}</span></th>{cells}</tr>')
     return (
         f'<table class="grid"><caption>{title} <span class="quiet">Jaccard index, 0 to 1</span></caption>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
