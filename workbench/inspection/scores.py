@@ -130,8 +130,15 @@ def fate(log: ScoreLog, held: Tensor, position: int) -> Fate:
         rank.append(torch.where(own.isnan(), 0, counted(better) + 1))
         cut.append(torch.where(competing == math.inf, math.nan, competing))
         scored.append(counted(known == known))
-    stacked = (torch.stack(side) for side in (score, rank, scored, cut))
-    return Fate(position, held[..., position], *stacked, counted(held))
+    return Fate(
+        position,
+        kept=held[..., position],
+        score=torch.stack(score),
+        rank=torch.stack(rank),
+        scored=torch.stack(scored),
+        cut=torch.stack(cut),
+        held=counted(held),
+    )
 
 
 def thinned(count: int, most: int, needed: Sequence[int] = ()) -> Tensor:

@@ -104,27 +104,27 @@ def retained(
     control = control or Control()
     probe = RetainedMass(model.geometry.num_layers)
     cache = trace.cache.clone()
-    own: list[WorkbenchCache | None] = []  # of the lanes that go on dropping
-    for lane in lanes:
-        acting = Recipe.parse(lane.resolved).keeps_acting
-        own.append(finish(scored(model, prompt, lane.resolved, chunk, control, snapshot))[1] if acting else None)
-    after_prompt = [held_masks(lane.kept_positions, len(prompt)) for lane in lanes]
+    own: dict[int, WorkbenchCache] = {}  # of the lanes that go on dropping, by number
+    for number, lane in enumerate(lanes):
+        if Recipe.parse(lane.resolved).keeps_acting:
+            own[number] = finish(scored(model, prompt, lane.resolved, chunk, control, snapshot))[1]
+    after_prompt: list[Sequence[Tensor]] = [list(held_masks(lane.kept_positions, len(prompt))) for lane in lanes]
     cache.probes.append(probe)
     steps = []
     fed = [question, *([token] for token in trace.answers[answer].tokens[:-1])]
     for ids in fed:
         if control.cancelled:
             raise Cancelled
-        probe.held = [after_prompt[number] if acting is None else masks(acting) for number, acting in enumerate(own)]
+        probe.held = [masks(own[number]) if number in own else mask for number, mask in enumerate(after_prompt)]
         if ids:
             forward(model, cache, ids)
         else:
             with cache.replay():
                 forward(model, cache, prompt[-1:], len(prompt) - 1)
         steps.append(probe.take())
-        for acting in own:
-            if acting is not None and ids:
-                forward(model, acting, ids)
+        for lane_cache in own.values():
+            if ids:
+                forward(model, lane_cache, ids)
         yield len(steps)
     return list(torch.stack(steps, 1))
 
