@@ -92,7 +92,7 @@ def test_every_look_opens_and_leads_to_the_tokens(page: Page, address: str) -> N
     look(page, "Overlap")
     expect(page.get_by_role("table").first).to_contain_text("SnapKV")
     look(page, "Retained attention")
-    page.get_by_label("Data table").last.check()
+    page.get_by_label("Numbers as a table").check()
     expect(page.locator(".tabulator").first).to_be_visible(timeout=SLOW)
     page.get_by_role("button", name="None", exact=True).click()
     expect(page.get_by_text("To its tokens")).to_be_hidden(timeout=SLOW)

@@ -49,7 +49,7 @@ class Closer(pn.viewable.Viewer):
             label="View", options=[CLOSED, *LOOKS], value=CLOSED, size="small", margin=0,
             sx=PILLS,
         )  # fmt: skip
-        self.table_switch = pmui.Switch(label="Data table", value=False, margin=(0, 0, 0, 4), visible=False)
+        self.table_switch = pmui.Switch(label="Numbers as a table", value=False, margin=(0, 0, 0, 4), visible=False)
         self.tokens_button = pmui.Button(
             label="To its tokens", icon="arrow_upward", size="small", variant="text", margin=0, visible=False
         )
