@@ -169,8 +169,7 @@ class LayerView:
 
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
-        self._owner.store.keep(index, keys)
-        self._owner.cache.note_bytes(self._owner)
+        self._owner.keep(index, keys)
 
     def narrow_keys(self, channels: Tensor, recent: int) -> None:
         """Hold only some channels of older keys (see :meth:`Store.narrow_keys`); the rest is freed."""
@@ -336,6 +335,16 @@ class WorkbenchLayer(CacheLayerMixin):
         window = self.cache.recipe.query_window
         if window:
             self.recent = query.last(window, self.recent)  # a copy, so that the rest of the chunk can be freed
+
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
+        """Keep only these entries, and what every part of the recipe noted of each of them."""
+        if isinstance(index, Tensor):  # heads of different lengths are cut once only, and notes are then done with
+            for part, state in zip(self.cache.recipe.parts, self.states, strict=True):
+                for name in part.per_entry & state.keys():
+                    noted = state[name]  # [B, H, n]; a sliding window may have dropped the oldest entries meanwhile
+                    state[name] = noted[..., noted.shape[-1] - self.store.lengths[0] :].gather(-1, index)
+        self.store.keep(index, keys)
+        self.cache.note_bytes(self)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes in use by kind, the strategies' own state included."""
