@@ -49,7 +49,7 @@ class Budgets(Look):
             }
         )
         names = [[f"{head_name((layer, head))}" for head in range(heads)] for layer in range(layers)]
-        label = "prompt tokens kept, summed over the layer's KV heads"
+        label = "prompt tokens kept, all KV heads"
         self._pane.object = layer_bars(counts, total, label, names, look, at, self.pick_head)
         self._note.object = quiet(
             f"A bar is a layer, a piece of it a KV head (KV0 first); the outline is the full cache, {heads} × {total:,} tokens. "
