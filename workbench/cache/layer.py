@@ -158,6 +158,15 @@ class LayerView:
             self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
         )
 
+    def note_scores(self, scores: Tensor) -> None:
+        """Tell whoever inspects the run by what the entries held now are about to be chosen: [B, H, n], larger means keep.
+
+        A later note of the same layer takes the place of an earlier one, entry by entry.
+        """
+        probe = self._owner.cache.score_probe
+        if probe is not None:
+            probe.on_scores(self.layer, self._part, scores, self.positions())
+
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
         self._owner.keep(index, keys)
