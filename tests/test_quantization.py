@@ -18,6 +18,7 @@ LENGTH = 90
 SMALL = {  # parameters that fit heads of 16 channels and a short prompt
     "rtn": "group_size=16",
     "kivi": "group_size=16, residual_length=16",
+    "gear": "bits=4, outliers=0.1, group_size=16, residual_length=16, rank=2, later_rank=1",
 }
 METHODS = [key for key, cls in registry().items() if cls.family == "quantization"]
 NEEDS_ROPE: set[str] = set()

@@ -28,6 +28,7 @@ from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
 from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
+from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.rtn import RTN
 
@@ -55,6 +56,7 @@ OURS: list[type[Strategy]] = [
     ThinK,
     RTN,
     KIVI,
+    GEAR,
 ]
 
 
