@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from workbench.cache.growable import MIN_SPARE
-from workbench.cache.segments import Query, entry_mask
+from workbench.cache.segments import Query, UniformSegment, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
 from workbench.models.projections import output_weight
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
@@ -158,6 +158,39 @@ class LayerView:
     def recode(self, codec: Codec) -> None:
         """Hold this layer's entries by ``codec`` from now on."""
         self._owner.store.recode(codec)
+
+    @property
+    def codec(self) -> Codec | None:
+        """How entries of this layer are held, once a strategy said so."""
+        return self._owner.store.codec
+
+    def go_on_with(self, codec: Codec) -> None:
+        """Leave what is held as it is; what another strategy makes anew from now on is held by ``codec``."""
+        self._owner.store.codec = codec
+
+    def pieces(self) -> Iterator[tuple[UniformSegment, Query]]:
+        """The layer's segment with the queries that asked, or every row's where rows hold different numbers."""
+        return self._owner.store.pieces(self._query)
+
+    def chunk_sums(self, rows: Tensor | None = None) -> Tensor:
+        """:meth:`chunk_attention_sums` over some of the chunk's queries, numbered by ``rows``: float32 [B, Hq, n]."""
+        if rows is None:
+            return self.chunk_attention_sums()
+        q, at = self._query, self.positions()
+        asked = q.start + rows.to(at.device)
+
+        def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
+            here, when = at[:, :, None, n0:n1], asked[q0:q1, None]
+            hidden = here > when
+            if q.window is not None:
+                hidden |= here <= when - q.window
+            additive = torch.zeros(hidden.shape, device=at.device).masked_fill_(hidden, float("-inf"))
+            return additive.repeat_interleave(q.q.shape[1] // at.shape[1], 1)
+
+        chosen = self.chunk[:, :, rows]
+        return attention_sums(
+            chosen, self.keys(), self.scale, causal=False, mask=mask, softcap=q.softcap, sinks=q.sinks
+        )
 
 
 class WorkbenchLayer(CacheLayerMixin):

@@ -16,7 +16,7 @@ from workbench.errors import WorkbenchError
 from workbench_kernels import merge_partials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -207,6 +207,19 @@ class Store:
             return DenseSegment.of(k, v, at)
         codec = self.codec if row is None else self.codec.row(*divmod(row, self.heads))
         return codec.encode(k, v, at, 0)
+
+    def pieces(self, query: Query) -> Iterator[tuple[UniformSegment, Query]]:
+        """The segments that hold all rows alike, each with the query; or one for each row, with that row's part of it."""
+        group = query.q.shape[1] // self.heads
+        for segment in self.segments:
+            if isinstance(segment, RaggedSegment):
+                for row, part in enumerate(segment.rows):
+                    b, h = divmod(row, self.heads)
+                    assert isinstance(part, UniformSegment)
+                    yield part, query.narrow(b, h * group, (h + 1) * group)
+            else:
+                assert isinstance(segment, UniformSegment)
+                yield segment, query
 
     def drop_before(self, position: int) -> None:
         """Free entries before ``position``, which a sliding window has passed."""

@@ -30,7 +30,9 @@ from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
+from workbench.strategies.quantization.mikv import MiKV
 from workbench.strategies.quantization.rtn import RTN
+from workbench.strategies.quantization.zipcache import ZipCache
 
 GROUP = "kv_workbench.strategies"
 OURS: list[type[Strategy]] = [
@@ -57,6 +59,8 @@ OURS: list[type[Strategy]] = [
     RTN,
     KIVI,
     GEAR,
+    ZipCache,
+    MiKV,
 ]
 
 
