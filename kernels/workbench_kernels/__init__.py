@@ -5,5 +5,17 @@ Axes used throughout: B batch, Hq query heads, H KV heads, G = Hq / H, Tq querie
 
 from workbench_kernels.attention import attend, attention_reference, attention_sums, merge_partials
 from workbench_kernels.pack import pack, unpack, unpack_float
+from workbench_kernels.packed_attention import Packed, packed_attention, packed_attention_reference
 
-__all__ = ["attend", "attention_reference", "attention_sums", "merge_partials", "pack", "unpack", "unpack_float"]
+__all__ = [
+    "Packed",
+    "attend",
+    "attention_reference",
+    "attention_sums",
+    "merge_partials",
+    "pack",
+    "packed_attention",
+    "packed_attention_reference",
+    "unpack",
+    "unpack_float",
+]

@@ -1,0 +1,224 @@
+"""The Triton kernel of :mod:`workbench_kernels.packed_attention`: split-KV decode attention over packed entries.
+
+One program reads one KV head's entries of one split, once, for all query rows of that head. Nothing is accumulated with
+atomics, so the same input gives the same output.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from workbench_kernels.packed_attention import Packed
+
+TILE = 64  # entries a program decodes at a time, where a group is not smaller
+LEAST = 256  # entries that a split is worth
+
+
+@triton.jit
+def _as_float(code, dtype: tl.constexpr):
+    """Unsigned codes as floats: set into the mantissa of a power of two, whose difference is exact (a conversion takes
+    four times as long on current devices)."""
+    if dtype == tl.float16:
+        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        return ((code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0).to(dtype)
+
+
+@triton.jit
+def _codes(octets, BITS: tl.constexpr, dtype: tl.constexpr):
+    """[R, n] bytes -> [R, n * 8 / BITS] codes in dtype, little-endian within a byte."""
+    if BITS == 8:
+        return _as_float(octets, dtype)
+    elif BITS == 4:
+        return tl.interleave(_as_float(octets & 15, dtype), _as_float(octets >> 4, dtype))
+    else:
+        even = tl.interleave(_as_float(octets & 3, dtype), _as_float((octets >> 4) & 3, dtype))
+        odd = tl.interleave(_as_float((octets >> 2) & 3, dtype), _as_float(octets >> 6, dtype))
+        return tl.interleave(even, odd)
+
+
+@triton.jit
+def _by_token(codes, scale, low, n0, N, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+              T: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """T entries whose groups run along channels, decoded: [T, DP] in dtype, zero beyond N and D."""
+    row: tl.constexpr = D * BITS // 8  # bytes of an entry
+    groups: tl.constexpr = DP // G
+    t = n0 + tl.arange(0, T)
+    b = tl.arange(0, DP * BITS // 8)
+    octets = tl.load(codes + t[:, None] * row + b[None, :], mask=(t < N)[:, None] & (b < row)[None, :], other=0)
+    g = tl.arange(0, groups)
+    here = (t < N)[:, None] & (g < D // G)[None, :]
+    s = tl.load(scale + t[:, None] * (D // G) + g[None, :], mask=here, other=0.0).to(tl.float32)
+    m = tl.load(low + t[:, None] * (D // G) + g[None, :], mask=here, other=0.0).to(tl.float32)
+    s = tl.reshape(tl.broadcast_to(s[:, :, None], (T, groups, G)), (T, DP))
+    m = tl.reshape(tl.broadcast_to(m[:, :, None], (T, groups, G)), (T, DP))
+    return (_codes(octets, BITS, tl.float32) * s + m).to(dtype)
+
+
+@triton.jit
+def _by_channel(codes, scale, low, n0, N, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+                T: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """T entries of one group along entries: codes [DP, T] in dtype, scale and minimum [DP] in float32."""
+    row: tl.constexpr = G * BITS // 8  # bytes of a group
+    group, within = n0 // G, n0 % G
+    d = tl.arange(0, DP)
+    b = within * BITS // 8 + tl.arange(0, T * BITS // 8)
+    here = (d < D) & (n0 < N)
+    octets = tl.load(codes + group * (D * row) + d[:, None] * row + b[None, :], mask=here[:, None], other=0)
+    s = tl.load(scale + group * D + d, mask=here, other=0.0).to(tl.float32)
+    m = tl.load(low + group * D + d, mask=here, other=0.0).to(tl.float32)
+    return _codes(octets, BITS, dtype), s, m
+
+
+@triton.jit
+def _attend_kernel(
+    q, k_codes, k_scale, k_low, v_codes, v_scale, v_low, lengths, visible, out, lse,
+    H, R, N, CHUNK, scale, softcap,
+    kc_b, kc_h, ks_b, ks_h, km_b, km_h, vc_b, vc_h, vs_b, vs_h, vm_b, vm_h, see_b, see_h, see_n,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, dtype: tl.constexpr,
+    K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_BY_TOKEN: tl.constexpr,
+    V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_BY_TOKEN: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H, splits). q [B * H, R, D] dense; out float32 [B * H, splits, R, D] and lse [B * H, splits, R]."""
+    row = tl.program_id(0).to(tl.int64)  # int64 before any stride
+    split = tl.program_id(1)
+    b, h = row // H, row % H
+    k_codes += b * kc_b + h * kc_h
+    k_scale += b * ks_b + h * ks_h
+    k_low += b * km_b + h * km_h
+    v_codes += b * vc_b + h * vc_h
+    v_scale += b * vs_b + h * vs_h
+    v_low += b * vm_b + h * vm_h
+    visible += b * see_b + h * see_h
+    held = N
+    if RAGGED:
+        held = tl.minimum(tl.load(lengths + row), N)
+    r, d = tl.arange(0, RP), tl.arange(0, DP)
+    asked = (r < R)[:, None] & (d < D)[None, :]
+    query = tl.load(q + row * R * D + r[:, None] * D + d[None, :], mask=asked, other=0.0).to(tl.float32) * scale
+
+    highest = tl.full([RP], float("-inf"), tl.float32)
+    mass = tl.zeros([RP], tl.float32)
+    total = tl.zeros([RP, DP], tl.float32)
+    for n0 in range(split * CHUNK, tl.minimum(split * CHUNK + CHUNK, held), T):
+        n = n0 + tl.arange(0, T)
+        if K_BY_TOKEN:
+            keys = _by_token(k_codes, k_scale, k_low, n0, held, D, DP, K_GROUP, K_BITS, T, dtype)
+            logits = tl.dot(query.to(dtype), tl.trans(keys), input_precision="ieee")
+        else:
+            codes, s, m = _by_channel(k_codes, k_scale, k_low, n0, held, D, DP, K_GROUP, K_BITS, T, dtype)
+            logits = tl.dot((query * s[None, :]).to(dtype), codes, input_precision="ieee")
+            logits += tl.sum(query * m[None, :], 1)[:, None]
+        if CAPPED:
+            logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))  # tanh, by what exp gives
+        seen = n < held
+        if MASKED:
+            seen = seen & (tl.load(visible + n * see_n, mask=seen, other=0) != 0)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        raised = tl.maximum(highest, tl.max(logits, 1))
+        base = tl.where(raised == float("-inf"), 0.0, raised)  # a row that has seen nothing yet
+        weights = tl.exp(logits - base[:, None])
+        fade = tl.exp(highest - base)
+        mass = mass * fade + tl.sum(weights, 1)
+        total = total * fade[:, None]
+        if V_BY_TOKEN:
+            values = _by_token(v_codes, v_scale, v_low, n0, held, D, DP, V_GROUP, V_BITS, T, dtype)
+            total += tl.dot(weights.to(dtype), values, input_precision="ieee")
+        else:
+            codes, s, m = _by_channel(v_codes, v_scale, v_low, n0, held, D, DP, V_GROUP, V_BITS, T, dtype)
+            total += tl.dot(weights.to(dtype), tl.trans(codes), input_precision="ieee") * s[None, :]
+            total += tl.sum(weights, 1)[:, None] * m[None, :]
+        highest = raised
+    at = (row * tl.num_programs(1) + split) * R + r
+    empty = mass == 0.0
+    total = total / tl.where(empty, 1.0, mass)[:, None]
+    tl.store(lse + at, tl.where(empty, float("-inf"), highest + tl.log(tl.where(empty, 1.0, mass))), mask=r < R)
+    tl.store(out + at[:, None] * D + d[None, :], total, mask=asked)
+
+
+@triton.jit
+def _merge_kernel(parts, lses, out, lse, R, SPLITS, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr):
+    """Grid (B * H, R): merge the splits of one query row, one by one in a fixed order."""
+    row, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s, d = tl.arange(0, SP), tl.arange(0, DP)
+    each = tl.load(lses + (row * SPLITS + s) * R + r, mask=s < SPLITS, other=float("-inf"))
+    highest = tl.max(each, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    mass = tl.sum(tl.exp(each - base), 0)
+    total = tl.zeros([DP], tl.float32)
+    for split in range(SPLITS):
+        at = (row * SPLITS + split) * R + r
+        share = tl.exp(tl.load(lses + at) - base) / tl.where(mass == 0.0, 1.0, mass)
+        total += share * tl.load(parts + at * D + d, mask=d < D, other=0.0)
+    tl.store(out + (row * R + r) * D + d, total.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + row * R + r, tl.where(mass == 0.0, float("-inf"), base + tl.log(tl.where(mass == 0.0, 1.0, mass))))
+
+
+def launch(
+    q: Tensor,
+    keys: Packed,
+    values: Packed,
+    scale: float,
+    lengths: Tensor | None,
+    visible: Tensor | None,
+    softcap: float | None,
+    splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as in :func:`workbench_kernels.packed_attention.packed_attention`, already checked."""
+    batch, heads = keys.codes.shape[:2]
+    rows, width, entries = q.shape[1] // heads * q.shape[2], q.shape[3], values.entries
+    tile = min([TILE, *(side.group_size for side in (keys, values) if side.per == "channel")])
+    chunk, splits = plan(batch * heads, entries, tile, splits, q.device)
+    query = q.reshape(batch * heads, rows, width).contiguous()
+    parts = torch.empty(batch * heads, splits, rows, width, dtype=torch.float32, device=q.device)
+    lses = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
+    sides = [_octets(side) for side in (keys, values)]
+    seen = q.new_empty(1) if visible is None else visible.expand(batch, heads, entries).view(torch.uint8)
+    ragged = q.new_empty(1) if lengths is None else lengths.expand(batch, heads).to(torch.int32).contiguous()
+    _attend_kernel[(batch * heads, splits)](
+        query, *sides[0], *sides[1], ragged, seen, parts, lses,
+        heads, rows, entries, chunk, scale, 0.0 if softcap is None else softcap,
+        *(stride for side in sides for x in side for stride in x.stride()[:2]),
+        *(seen.stride() if visible is not None else (0, 0, 0)),
+        D=width, DP=triton.next_power_of_2(width), RP=max(16, triton.next_power_of_2(rows)), T=tile,
+        dtype={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32),
+        K_BITS=keys.bits, K_GROUP=keys.group_size, K_BY_TOKEN=keys.per == "token",
+        V_BITS=values.bits, V_GROUP=values.group_size, V_BY_TOKEN=values.per == "token",
+        RAGGED=lengths is not None, MASKED=visible is not None, CAPPED=softcap is not None,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out, lse = torch.empty_like(query), torch.empty(batch * heads, rows, dtype=torch.float32, device=q.device)
+    _merge_kernel[(batch * heads, rows)](
+        parts, lses, out, lse, rows, splits,
+        D=width, DP=triton.next_power_of_2(width), SP=triton.next_power_of_2(splits),
+    )  # fmt: skip
+    return out.view(q.shape), lse.view(q.shape[:3])
+
+
+def plan(rows: int, entries: int, tile: int, splits: int | None, device: torch.device) -> tuple[int, int]:
+    """Entries per split (a multiple of ``tile``) and the number of splits: two programs for every processor."""
+    if splits is None:
+        wanted = 1
+        if device.type == "cuda":
+            wanted = -(-2 * torch.cuda.get_device_properties(device).multi_processor_count // rows)
+        splits = max(1, min(wanted, entries // LEAST))
+    chunk = -(-math.ceil(entries / splits) // tile) * tile
+    return chunk, -(-entries // chunk)
+
+
+def _octets(side: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes as bytes, scale and minimum: each row dense, rows anywhere (a store's spare room is not copied)."""
+    found = []
+    for x in (side.codes, side.scale, side.low):
+        x = x.view(torch.uint8) if x.dtype == torch.int32 else x
+        dense = x[0, 0].is_contiguous()
+        found.append(x if dense else x.contiguous())
+    return tuple(found)  # type: ignore[return-value]
