@@ -6,7 +6,6 @@ atomics, so the same input gives the same output.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench_kernels.splits import merge_splits, plan
+
 if TYPE_CHECKING:
     from workbench_kernels.packed_attention import Packed
 
 TILE = 64  # entries a program decodes at a time, where a group is not smaller
-LEAST = 256  # entries that a split is worth
 
 
 @triton.jit
@@ -144,24 +144,6 @@ def _attend_kernel(
     tl.store(out + at[:, None] * D + d[None, :], total, mask=asked)
 
 
-@triton.jit
-def _merge_kernel(parts, lses, out, lse, R, SPLITS, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr):
-    """Grid (B * H, R): merge the splits of one query row, one by one in a fixed order."""
-    row, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, d = tl.arange(0, SP), tl.arange(0, DP)
-    each = tl.load(lses + (row * SPLITS + s) * R + r, mask=s < SPLITS, other=float("-inf"))
-    highest = tl.max(each, 0)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    mass = tl.sum(tl.exp(each - base), 0)
-    total = tl.zeros([DP], tl.float32)
-    for split in range(SPLITS):
-        at = (row * SPLITS + split) * R + r
-        share = tl.exp(tl.load(lses + at) - base) / tl.where(mass == 0.0, 1.0, mass)
-        total += share * tl.load(parts + at * D + d, mask=d < D, other=0.0)
-    tl.store(out + (row * R + r) * D + d, total.to(out.dtype.element_ty), mask=d < D)
-    tl.store(lse + row * R + r, tl.where(mass == 0.0, float("-inf"), base + tl.log(tl.where(mass == 0.0, 1.0, mass))))
-
-
 def launch(
     q: Tensor,
     keys: Packed,
@@ -195,23 +177,8 @@ def launch(
         RAGGED=lengths is not None, MASKED=visible is not None, CAPPED=softcap is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    out, lse = torch.empty_like(query), torch.empty(batch * heads, rows, dtype=torch.float32, device=q.device)
-    _merge_kernel[(batch * heads, rows)](
-        parts, lses, out, lse, rows, splits,
-        D=width, DP=triton.next_power_of_2(width), SP=triton.next_power_of_2(splits),
-    )  # fmt: skip
+    out, lse = merge_splits(parts, lses, q.dtype)
     return out.view(q.shape), lse.view(q.shape[:3])
-
-
-def plan(rows: int, entries: int, tile: int, splits: int | None, device: torch.device) -> tuple[int, int]:
-    """Entries per split (a multiple of ``tile``) and the number of splits: two programs for every processor."""
-    if splits is None:
-        wanted = 1
-        if device.type == "cuda":
-            wanted = -(-2 * torch.cuda.get_device_properties(device).multi_processor_count // rows)
-        splits = max(1, min(wanted, entries // LEAST))
-    chunk = -(-math.ceil(entries / splits) // tile) * tile
-    return chunk, -(-entries // chunk)
 
 
 def _octets(side: Packed) -> tuple[Tensor, Tensor, Tensor]:
