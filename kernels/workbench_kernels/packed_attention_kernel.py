@@ -32,49 +32,49 @@ def _as_float(code, dtype: tl.constexpr):
 
 
 @triton.jit
-def _codes(octets, BITS: tl.constexpr, dtype: tl.constexpr):
-    """[R, n] bytes -> [R, n * 8 / BITS] codes in dtype, little-endian within a byte."""
-    if BITS == 8:
-        return _as_float(octets, dtype)
-    elif BITS == 4:
-        return tl.interleave(_as_float(octets & 15, dtype), _as_float(octets >> 4, dtype))
+def _codes(words, FIRST: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Codes FIRST, FIRST + STEP, … of each int32 word in dtype: [R, n] -> [R, n * 32 / (BITS * STEP)].
+
+    The words are loaded whole: their loads are wide, and can be started ahead of time."""
+    if BITS * STEP == 32:
+        # `>>` is arithmetic on int32: mask after the shift, or negative words leak their sign.
+        return _as_float((words >> (BITS * FIRST)) & ((1 << BITS) - 1), dtype)
     else:
-        even = tl.interleave(_as_float(octets & 3, dtype), _as_float((octets >> 4) & 3, dtype))
-        odd = tl.interleave(_as_float((octets >> 2) & 3, dtype), _as_float(octets >> 6, dtype))
-        return tl.interleave(even, odd)
+        even = _codes(words, FIRST, 2 * STEP, BITS, dtype)
+        return tl.interleave(even, _codes(words, FIRST + STEP, 2 * STEP, BITS, dtype))
 
 
 @triton.jit
 def _by_token(codes, scale, low, n0, N, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
               T: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """T entries whose groups run along channels, decoded: [T, DP] in dtype, zero beyond N and D."""
-    row: tl.constexpr = D * BITS // 8  # bytes of an entry
+    row: tl.constexpr = D * BITS // 32  # words of an entry
     groups: tl.constexpr = DP // G
     t = n0 + tl.arange(0, T)
-    b = tl.arange(0, DP * BITS // 8)
-    octets = tl.load(codes + t[:, None] * row + b[None, :], mask=(t < N)[:, None] & (b < row)[None, :], other=0)
+    w = tl.arange(0, DP * BITS // 32)
+    words = tl.load(codes + t[:, None] * row + w[None, :], mask=(t < N)[:, None] & (w < row)[None, :], other=0)
     g = tl.arange(0, groups)
     here = (t < N)[:, None] & (g < D // G)[None, :]
     s = tl.load(scale + t[:, None] * (D // G) + g[None, :], mask=here, other=0.0).to(tl.float32)
     m = tl.load(low + t[:, None] * (D // G) + g[None, :], mask=here, other=0.0).to(tl.float32)
     s = tl.reshape(tl.broadcast_to(s[:, :, None], (T, groups, G)), (T, DP))
     m = tl.reshape(tl.broadcast_to(m[:, :, None], (T, groups, G)), (T, DP))
-    return (_codes(octets, BITS, tl.float32) * s + m).to(dtype)
+    return (_codes(words, 0, 1, BITS, tl.float32) * s + m).to(dtype)
 
 
 @triton.jit
 def _by_channel(codes, scale, low, n0, N, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
                 T: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """T entries of one group along entries: codes [DP, T] in dtype, scale and minimum [DP] in float32."""
-    row: tl.constexpr = G * BITS // 8  # bytes of a group
+    row: tl.constexpr = G * BITS // 32  # words of a group
     group, within = n0 // G, n0 % G
     d = tl.arange(0, DP)
-    b = within * BITS // 8 + tl.arange(0, T * BITS // 8)
+    w = within * BITS // 32 + tl.arange(0, T * BITS // 32)
     here = (d < D) & (n0 < N)
-    octets = tl.load(codes + group * (D * row) + d[:, None] * row + b[None, :], mask=here[:, None], other=0)
+    words = tl.load(codes + group * (D * row) + d[:, None] * row + w[None, :], mask=here[:, None], other=0)
     s = tl.load(scale + group * D + d, mask=here, other=0.0).to(tl.float32)
     m = tl.load(low + group * D + d, mask=here, other=0.0).to(tl.float32)
-    return _codes(octets, BITS, dtype), s, m
+    return _codes(words, 0, 1, BITS, dtype), s, m
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def launch(
     query = q.reshape(batch * heads, rows, width).contiguous()
     parts = torch.empty(batch * heads, splits, rows, width, dtype=torch.float32, device=q.device)
     lses = torch.empty(batch * heads, splits, rows, dtype=torch.float32, device=q.device)
-    sides = [_octets(side) for side in (keys, values)]
+    sides = [_rows(side) for side in (keys, values)]
     seen = q.new_empty(1) if visible is None else visible.expand(batch, heads, entries).view(torch.uint8)
     ragged = q.new_empty(1) if lengths is None else lengths.expand(batch, heads).to(torch.int32).contiguous()
     _attend_kernel[(batch * heads, splits)](
@@ -181,11 +181,6 @@ def launch(
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
-def _octets(side: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as bytes, scale and minimum: each row dense, rows anywhere (a store's spare room is not copied)."""
-    found = []
-    for x in (side.codes, side.scale, side.low):
-        x = x.view(torch.uint8) if x.dtype == torch.int32 else x
-        dense = x[0, 0].is_contiguous()
-        found.append(x if dense else x.contiguous())
-    return tuple(found)  # type: ignore[return-value]
+def _rows(side: Packed) -> tuple[Tensor, ...]:
+    """Codes, scale and minimum: each row dense, rows anywhere (a store's spare room is not copied)."""
+    return tuple(x if x[0, 0].is_contiguous() else x.contiguous() for x in (side.codes, side.scale, side.low))
