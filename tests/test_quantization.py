@@ -21,10 +21,11 @@ SMALL = {  # parameters that fit heads of 16 channels and a short prompt
     "gear": "bits=4, outliers=0.1, group_size=16, residual_length=16, rank=2, later_rank=1",
     "zipcache": "residual_length=16",
     "mikv": "bits=4",
+    "bfp": "group_size=16",
 }
 METHODS = [key for key, cls in registry().items() if cls.family == "quantization"]
 NEEDS_ROPE: set[str] = set()
-EXACT = ["rtn(bits=16)", "kivi(bits=16)", "mikv(importance=1.0)"]
+EXACT = ["rtn(bits=16)", "kivi(bits=16)", "mikv(importance=1.0)", "bfp(bits=16)"]
 
 
 def small(key: str, **more: object) -> str:

@@ -12,7 +12,7 @@ from workbench.cache.growable import MIN_SPARE
 from workbench.cache.segments import Query, UniformSegment, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
-from workbench.models.projections import output_weight
+from workbench.models.projections import key_weight, output_weight
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
@@ -111,6 +111,15 @@ class LayerView:
         """[Hq, D, hidden]: what the model multiplies each query head's output by. RecipeError where it has no such."""
         assert self._owner.module is not None
         return output_weight(self._owner.module, self.chunk.shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        return self.chunk.shape[-1]
+
+    def key_weight(self) -> Tensor:
+        """[H, D, hidden]: the rows of the model's key projection. RecipeError where it has no such."""
+        assert self._owner.module is not None
+        return key_weight(self._owner.module, self.chunk.shape[1], self.kv_heads, self.head_dim)
 
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""

@@ -28,6 +28,7 @@ from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
 from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
+from workbench.strategies.quantization.bfp import BFP
 from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.mikv import MiKV
@@ -61,6 +62,7 @@ OURS: list[type[Strategy]] = [
     GEAR,
     ZipCache,
     MiKV,
+    BFP,
 ]
 
 
