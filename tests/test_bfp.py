@@ -124,7 +124,7 @@ def test_sorting_lessens_the_error_where_channels_stand_out() -> None:
         float((s.decode(s.encode(k, None), (0, 50), torch.float32, None) - k).square().sum())
         for s in (BlockFloat(4, 32, order), BlockFloat(4, 32))
     ]
-    assert errors[0] < 0.5 * errors[1]
+    assert errors[0] < 0.75 * errors[1]
 
 
 @pytest.mark.parametrize("bits, block, expected", [(4, 32, 4.25), (4, 64, 4.125), (4, 128, 4.0625), (8, 32, 8.25)])
