@@ -112,6 +112,11 @@ class LayerView:
         assert self._owner.module is not None
         return output_weight(self._owner.module, self.chunk.shape[1])
 
+    def hidden(self) -> Tensor:
+        """[B, Tq, hidden]: what entered the layer with the chunk just attended, before any norm. Only in ``on_chunk``."""
+        assert self._owner.hidden is not None
+        return self._owner.hidden
+
     @property
     def head_dim(self) -> int:
         return self.chunk.shape[-1]
@@ -219,6 +224,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.store: Store = Store(1, 1)
         self.seen = 0
         self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
+        self.hidden: Tensor | None = None  # what entered the layer, while the prompt is read and a strategy asks for it
         self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -314,6 +320,7 @@ class WorkbenchLayer(CacheLayerMixin):
             cache.note_chunk(self)
             for number, part in enumerate(parts):
                 part.on_chunk(self.view(number, query))
+            self.hidden = None
         if query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP):
             self.store.drop_before(self.seen - query.window)
         if ends_prompt:

@@ -45,6 +45,11 @@ class Recipe:
         """Whether a strategy must watch the prompt being read."""
         return any(part.needs_prompt for part in self.parts)
 
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether a strategy looks at the hidden states that enter the layers."""
+        return any(part.needs_hidden for part in self.parts)
+
     def chunks(self, length: int, most: int) -> list[tuple[int, int]]:
         """A prompt in pieces [start, stop) of at most ``most`` tokens, cut also where a strategy acts within it."""
         wanted = {cut for part in self.parts for cut in part.cuts(length) if 0 < cut < length}

@@ -32,6 +32,7 @@ from workbench.strategies.quantization.bfp import BFP
 from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.mikv import MiKV
+from workbench.strategies.quantization.rotatekv import RotateKV
 from workbench.strategies.quantization.rtn import RTN
 from workbench.strategies.quantization.zipcache import ZipCache
 
@@ -63,6 +64,7 @@ OURS: list[type[Strategy]] = [
     ZipCache,
     MiKV,
     BFP,
+    RotateKV,
 ]
 
 
