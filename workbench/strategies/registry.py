@@ -31,6 +31,7 @@ from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.mikv import MiKV
+from workbench.strategies.quantization.mustafar import Mustafar
 from workbench.strategies.quantization.rtn import RTN
 from workbench.strategies.quantization.zipcache import ZipCache
 
@@ -61,6 +62,7 @@ OURS: list[type[Strategy]] = [
     GEAR,
     ZipCache,
     MiKV,
+    Mustafar,
 ]
 
 
