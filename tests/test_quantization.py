@@ -21,7 +21,7 @@ SMALL = {  # parameters that fit heads of 16 channels and a short prompt
     "gear": "bits=4, outliers=0.1, group_size=16, residual_length=16, rank=2, later_rank=1",
     "zipcache": "residual_length=16",
     "mikv": "bits=4",
-    "mustafar": "key_sparsity=0.7, residual_length=8, flush_length=64",
+    "mustafar": "value_sparsity=0.7, residual_length=8, flush_length=64",
 }
 METHODS = [key for key, cls in registry().items() if cls.family == "quantization"]
 NEEDS_ROPE: set[str] = set()
