@@ -10,9 +10,11 @@ Axes: B batch, H KV heads, W blocks of 64 entries, P tiles of a block, D head_di
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workbench_kernels.attention import attention_reference
@@ -20,7 +22,7 @@ from workbench_kernels.triton_if_used import runs
 
 TILE = 64
 PAD = 8  # a tile's numbers are padded with zeros to a multiple of this: 16-byte loads of half-precision numbers
-BLOCK_TILES = 1 << 13  # decoded at a time on a CPU
+BLOCK_TILES = 1 << 12  # decoded at a time on a CPU
 
 
 class Sparse(NamedTuple):
@@ -54,16 +56,30 @@ class Sparse(NamedTuple):
 
 
 def decode(bitmaps: Tensor, offsets: Tensor, numbers: Tensor) -> Tensor:
-    """Tiles [B, H, w, P, 64] of consecutive blocks; ``numbers`` are those of all blocks."""
-    bits = bits_of(bitmaps)
-    # Behind each tile stand the zeros that pad it, so that one pass takes numbers and padding alike.
-    mask = torch.cat((bits, _padding(bits.sum(-1))), -1)
-    wide = torch.zeros(mask.shape, dtype=numbers.dtype, device=numbers.device)
-    starts = offsets[:, :, 0, 0].flatten().tolist() if bitmaps.shape[2] else []
-    for row, start in zip(range(len(starts)), starts, strict=True):
-        b, h = divmod(row, bitmaps.shape[1])
-        wide[b, h].masked_scatter_(mask[b, h], numbers[2 * start :])  # a row's blocks follow each other
-    return wide[..., :TILE]
+    """Tiles [..., 64] of any ``bitmaps`` and ``offsets`` [...], of which ``numbers`` are all.
+
+    A byte of a bitmap at a time: a table says which of its 8 numbers are held, and which in order each of them is.
+    """
+    if numbers.numel() == 0:
+        return numbers.new_zeros(*bitmaps.shape, TILE)
+    octets = _octets(bitmaps).int().flatten()
+    counts, ranks, bits = _tables(bitmaps.device)
+    held = counts.index_select(0, octets).view(*bitmaps.shape, 8)
+    before = held.cumsum(-1, dtype=torch.int32) - held + 2 * offsets[..., None]
+    before.clamp_(max=numbers.numel() - 1)  # where nothing follows, there is nothing to point at
+    index = ranks.index_select(0, octets).view(*bitmaps.shape, 8, 8) + before[..., None]
+    tiles = numbers.index_select(0, index.flatten()).view(*bitmaps.shape, TILE)
+    return tiles.mul_(bits.index_select(0, octets).view(torch.uint8).view(tiles.shape).to(tiles.dtype))
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For every byte, most significant bit first: how many bits are set, int32 [256]; how many before each that is set,
+    int32 [256, 8]; and the bits, as 8 bytes of 0 and 1 in an int64 [256]."""
+    octets = torch.arange(256, dtype=torch.int32, device=device)
+    bits = (octets[:, None] >> torch.arange(7, -1, -1, device=device)) & 1
+    ranks = ((bits.cumsum(-1) - 1) * bits).to(torch.int32)
+    return bits.sum(-1, dtype=torch.int32), ranks, bits.to(torch.uint8).view(torch.int64).flatten()
 
 
 def tiles_of(width: int, of_keys: bool) -> int:
@@ -81,8 +97,10 @@ def compress(x: Tensor, of_keys: bool) -> Sparse:
     padded = -(-counts // PAD) * PAD
     ends = padded.flatten().cumsum(0)
     offsets = ((ends - padded.flatten()) // 2).to(torch.int32).view(counts.shape)
-    wide = torch.cat((tiles, tiles.new_zeros(*counts.shape, PAD)), -1)
-    numbers = wide[torch.cat((held, _padding(counts)), -1)]
+    # Behind each tile stand the zeros that pad it, so that one pass takes numbers and padding alike; row by row, as that
+    # is a copy.
+    rows = zip(tiles.flatten(0, 1), torch.cat((held, _padding(counts)), -1).flatten(0, 1), strict=True)
+    numbers = torch.cat([F.pad(tile, (0, PAD))[mask] for tile, mask in rows])
     return Sparse(bitmaps_of(held), offsets, numbers, x.shape[-1], of_keys)
 
 
@@ -90,14 +108,18 @@ def bitmaps_of(held: Tensor) -> Tensor:
     """bool [..., 64] -> int64 [...], number 0 at the most significant bit."""
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=held.device)
     octets = (held.unflatten(-1, (8, 8)) * weights).sum(-1, dtype=torch.uint8)
-    return octets.flip(-1).view(torch.int64)[..., 0]  # an int64's bytes lie lowest first
+    return octets.flip(-1).view(torch.int64)[..., 0]
 
 
 def bits_of(bitmaps: Tensor) -> Tensor:
     """int64 [...] -> bool [..., 64]; the inverse of :func:`bitmaps_of`."""
-    octets = bitmaps.contiguous()[..., None].view(torch.uint8).flip(-1)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bitmaps.device)
-    return ((octets[..., None] & weights) != 0).flatten(-2)
+    bits = _tables(bitmaps.device)[2].index_select(0, _octets(bitmaps).int().flatten())
+    return bits.view(torch.uint8).view(torch.bool).view(*bitmaps.shape, TILE)
+
+
+def _octets(bitmaps: Tensor) -> Tensor:
+    """uint8 [..., 8]: a bitmap's bytes, those of its first numbers first (an int64's bytes lie lowest first)."""
+    return bitmaps.contiguous()[..., None].view(torch.uint8).flip(-1)
 
 
 def _padding(counts: Tensor) -> Tensor:
@@ -114,7 +136,7 @@ def _to_tiles(x: Tensor, of_keys: bool) -> Tensor:
     """[B, H, n, D] -> [B, H, W, P, 64]."""
     if of_keys:
         return x.unflatten(2, (-1, TILE)).transpose(-1, -2)
-    x = torch.nn.functional.pad(x, (0, _padded(x.shape[-1]) - x.shape[-1]))
+    x = F.pad(x, (0, _padded(x.shape[-1]) - x.shape[-1]))
     if x.shape[-1] < TILE:
         return x.unflatten(2, (-1, TILE)).flatten(-2).unflatten(-1, (-1, TILE))
     return x.unflatten(2, (-1, TILE)).unflatten(-1, (-1, TILE)).transpose(-2, -3).flatten(3, 4)
