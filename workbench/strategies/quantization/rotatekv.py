@@ -58,7 +58,9 @@ class RotateKV(Quantization):
 
     bits: Any = param.Selector(default=2, objects=[2, 4, 8], doc="bits per number")
     group_size: Any = param.Selector(
-        default=32, objects=GROUPS, doc="channels that share a scale (the paper's models: 128; at most all of a token's)"
+        default=32,
+        objects=GROUPS,
+        doc="channels that share a scale (the paper's models: 128; at most all of a token's)",
     )
     heads: Any = param.Selector(
         default=4, objects=SPANS, doc="heads rotated together (fewer, where these do not divide)"
