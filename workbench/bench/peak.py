@@ -5,17 +5,16 @@ Run as a module it measures one contender and prints JSON; :func:`measure_peaks`
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from workbench.bench.contest import can_count, resident_peak
+
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -38,7 +37,7 @@ def measure_peaks(
     from workbench.bench.speed import LENGTHS, PLAIN, RECIPES
     from workbench.bench.subjects import subjects
 
-    if not _can_count():
+    if not can_count():
         return []
     names = [PLAIN, *dict.fromkeys(["full", *(recipes or RECIPES)])]
     out = []
@@ -79,26 +78,7 @@ def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
     one.prefill(ids[:, :64])  # the libraries' own buffers are no part of it
     one.decode(following[:, :2])
     one.cache = None
-    gc.collect()
-    CLEAR.write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    one.prefill(ids)
-    one.decode(following)
-    peak = _status("VmHWM")
-    return {"added": peak - before, "total": peak}
-
-
-def _can_count() -> bool:
-    try:
-        CLEAR.write_text("5")
-    except OSError:
-        return False
-    return STATUS.exists()
-
-
-def _status(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    return resident_peak(lambda: (one.prefill(ids), one.decode(following)))
 
 
 if __name__ == "__main__":
