@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,3 +273,15 @@ def test_a_calibration_is_whole_and_serves_its_method(tiny: Model, monkeypatch: 
     )
     feed(tiny, cache, prompt(60))
     assert sum(len(cache.kept(layer, 0)) for layer in range(2)) == 24
+
+
+@pytest.mark.parametrize("method", ["compresskv", "headkv", "locret"])
+def test_the_house_model_ships_what_its_methods_need(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVW_DATA", str(tmp_path))  # nothing of the person's own
+    model = wb.load("house/recall")
+    cache = wb.cache(f"{method}(budget=0.2)", model, 300)
+    feed(model, cache, prompt(300))
+    held = sum(layer.nbytes()["keys"] for layer in cache.layers)
+    assert 0.19 * 300 < held / 6 / (model.geometry.num_kv_heads * model.geometry.head_dim * 4) <= 0.2 * 300

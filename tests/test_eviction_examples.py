@@ -221,3 +221,8 @@ def test_kept_of_a_head_that_is_not_there_says_which_are() -> None:
     feed(build(), cache, prompt(5))
     with pytest.raises(Exception, match="heads 0 to 1"):
         cache.kept(0, 2)
+
+
+@pytest.mark.parametrize("budget, first, last", [(1, 1, 0), (2, 2, 0), (4, 4, 0), (6, 4, 2)])
+def test_streaming_without_room_for_all_sinks_keeps_the_first_ones(budget: int, first: int, last: int) -> None:
+    assert kept_after(f"streaming_llm(budget={budget}, sinks=4)", 30) == [*range(first), *range(30 - last, 30)]

@@ -18,6 +18,7 @@ from workbench.runs.lane import Answer, Lane
 from workbench.runs.lane_run import LaneRun
 from workbench.runs.reference import ReferenceAnswer
 from workbench.strategies.base import Strategy
+from workbench.strategies.eviction.base import Eviction
 from workbench.strategies.recipe import Recipe
 from workbench.strategies.registry import registry
 
@@ -25,7 +26,8 @@ KIVI = "kivi(group_size=16, residual_length=16)"
 RECIPES = [
     "full",
     KIVI,
-    *(f"{key}(budget=0.3)" for key in registry() if registry()[key].family == "eviction"),
+    *(f"{key}(budget=0.3)" for key, cls in registry().items() if issubclass(cls, Eviction)),
+    "think",
     f"snapkv(budget=0.5, window=8) | {KIVI}",
     f"adakv(budget=0.4, window=8) | {KIVI}",
     f"{KIVI} | knorm(budget=0.5)",

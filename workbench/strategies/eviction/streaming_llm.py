@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.cache.segments import take
 from workbench.errors import RecipeError
+from workbench.strategies.base import tokens_kept
 from workbench.strategies.eviction.base import PROTECTED, StepwiseEviction
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class StreamingLLM(StepwiseEviction):
 
     def score(self, view: LayerView) -> Tensor:
         at = view.positions()
-        return at.float().masked_fill(at < self.sinks, PROTECTED)
+        # Where the budget has no room for all sinks, it goes to the first ones, which are looked at most.
+        room = self.budget if isinstance(self.budget, int) else tokens_kept(self.budget, view.prompt_length)
+        return at.float().masked_fill(at < min(self.sinks, room), PROTECTED)
 
     def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
         if self.rerotate and isinstance(index, Tensor):
