@@ -86,7 +86,9 @@ class KVPress(Side):
         from transformers import AutoModelForCausalLM
 
         self.presses = kvpress
-        self.network = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+        self.network = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=torch.float32
+        ).eval()
         self.attention, self.cache = "sdpa", None
 
     def prefill(self, ids: Any, method: dict[str, Any] | None) -> Any:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.bench.accuracy import eviction_methods
 from workbench.bench.subjects import HOUSE_NAME, RANDOM_NAME, TINY_NAME, house_is_there, random_ids, subject
 from workbench.cache.cache import WorkbenchCache
 from workbench.cache.layer import WorkbenchLayer
 from workbench.cache.segments import Query
 from workbench.errors import ArtifactError
 from workbench.models.load import Model
-from workbench.strategies.eviction.base import Eviction
 from workbench.strategies.recipe import Recipe
 from workbench.strategies.registry import registry
 
@@ -45,8 +45,8 @@ def measure_held(budget: float, length: int, quick: bool, tell: Callable[[str], 
         tokens = min(length, model.geometry.max_positions - 1)
         full = model.geometry.bytes_per_token * tokens
         lanes = {}
-        for key, cls in registry().items():
-            if not issubclass(cls, Eviction) or (name == HOUSE_NAME) != bool(cls().artifacts):
+        for key in eviction_methods():
+            if name != TINY_NAME and (name == HOUSE_NAME) != bool(registry()[key]().artifacts):
                 continue
             recipe = Recipe.parse(f"{key}(budget={budget})")
             try:
