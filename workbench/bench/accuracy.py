@@ -21,7 +21,6 @@ from workbench.training.recall import text
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)
 MODES = ("query-aware", "query-agnostic")
 TOKENS, SAMPLES = 512, 100
-ANSWER_TOKENS = 24  # more than the longest answer
 FIRST_SEED = 5_000_000  # apart from the documents of the model card
 
 
@@ -90,12 +89,13 @@ def runnable(model: Model, names: Sequence[str]) -> tuple[list[str], dict[str, s
 def answered(model: Model, document: text.Document, lanes: Sequence[str], mode: str) -> list[bool]:
     """Whether each lane answers the document's question exactly."""
     aware = mode == "query-aware"
+    answer = model.encode(f" {document.answer} .", continues=True)  # what comes after it changes no judgement
     comparison = compare(
         model,
         document.prompt if aware else document.context,
         lanes,
         question=None if aware else document.question,
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=len(answer),
         probes=[],
         first_token="replayed",
         reuse_prompt=True,
