@@ -42,7 +42,7 @@ def measure_accuracy(
         return {"skipped": "the house model's weights are not installed"}
     model = subject(HOUSE_NAME)
     samples = samples or (2 if quick else SAMPLES)
-    budgets, tokens = (BUDGETS[2:3], 128) if quick else (BUDGETS, TOKENS)
+    budgets, tokens = (BUDGETS[-1:], 256) if quick else (BUDGETS, TOKENS)
     ready, left_out = runnable(model, methods or eviction_methods())
     right = {name: {mode: [0] * len(budgets) for mode in MODES} for name in ready}
     full = dict.fromkeys(MODES, 0)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from workbench.bench import contest
 from workbench.bench.held import measure_held
@@ -195,6 +196,7 @@ def measure_eviction(
     if kvpress_python is None:
         tell("eviction: our side alone; --kvpress-python PATH, an interpreter with kvpress, measures both.")
     with tempfile.TemporaryDirectory() as folder:
+        transformers_logging.disable_progress_bar()
         model.network.save_pretrained(folder)
         with contestants(folder, kvpress_python) as sides:
             if kvpress_python is not None:
@@ -208,7 +210,7 @@ def measure_eviction(
                     out["methods"][name] = measure_pair(sides, model, PAIRS[name], length, rounds)
                 except RuntimeError as error:  # the other methods are not lost
                     out["methods"][name] = {"recipe": PAIRS[name].recipe, "failed": str(error)}
-        if contest.can_count() and not __import__("os").environ.get("NOPEAK"):
+        if contest.can_count():
             for name, found in out["methods"].items():
                 if "failed" not in found:
                     tell(f"eviction: {name}, peak memory")
