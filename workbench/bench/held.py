@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from workbench.bench.accuracy import eviction_methods
@@ -15,6 +14,7 @@ from workbench.cache.layer import WorkbenchLayer
 from workbench.cache.segments import Query
 from workbench.errors import ArtifactError
 from workbench.models.load import Model
+from workbench.runs.prompt import read_through
 from workbench.strategies.recipe import Recipe
 from workbench.strategies.registry import registry
 
@@ -22,18 +22,18 @@ SLACK = 1.02  # of the budget: positions, and what else is held beside the entri
 
 
 class Boundaries:
-    """A probe: bytes of the layers that have acted, each time the next one has attended, before it acts."""
+    """A probe: bytes of all other layers, each time that one has attended and not yet acted: what every layer done holds."""
 
     def __init__(self) -> None:
         self.bytes: list[int] = []
 
     def on_attention(self, layer: WorkbenchLayer, query: Query, out: Tensor) -> None:
-        done = layer.cache.layers[: layer.index]
-        self.bytes.append(sum(sum(before.nbytes().values()) for before in done))
+        others = (other for other in layer.cache.layers if other is not layer)
+        self.bytes.append(sum(sum(other.nbytes().values()) for other in others))
 
 
 def measure_held(budget: float, length: int, quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Per model: every eviction method with a budget, its prompt read in one forward call.
+    """Per model: every eviction method with a budget, its prompt read in one go, or as the method cuts it.
 
     Those that need something calibrated or trained are measured on the house model, the others on the random one.
     """
@@ -66,13 +66,7 @@ def held(model: Model, recipe: Recipe, tokens: int, full: int, budget: float) ->
     """
     probe = Boundaries()
     cache = WorkbenchCache(recipe, model.geometry, tokens, [probe], model.artifacts)
-    with torch.inference_mode():
-        model.network(
-            input_ids=torch.tensor([random_ids(model, tokens)]),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    read_through(model, cache, random_ids(model, tokens), tokens)
     (method,) = recipe.parts
     cascades = not method.spans_layers or getattr(getattr(method, "allocator_part", None), "cascade", False)
     end = cache.memory().used_bytes
