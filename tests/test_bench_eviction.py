@@ -184,6 +184,8 @@ def test_accuracy_counts_right_answers() -> None:
     assert set(found["methods"]) == {"snapkv", "random"} and not found["left_out"]
     assert all(0 <= n <= 2 for by in found["methods"].values() for mode in MODES for n in by[mode])
     assert found["methods"]["random"]["query-aware"] < found["methods"]["snapkv"]["query-aware"]
+    held = {name: by["query-aware"][0] for name, by in found["evidence"].items()}
+    assert 0 < held["random"] < held["snapkv"] <= 1  # the fact's tokens, in the head that looks answers up
 
 
 def test_every_eviction_method_with_a_budget_is_measured() -> None:
@@ -194,12 +196,18 @@ RESULT = {
     "model": "house/recall",
     "tokens": 512,
     "samples": 50,
-    "budgets": [0.1, 0.2],
+    "budgets": [0.2, 0.5],
     "full": {"query-aware": 50, "query-agnostic": 40},
     "methods": {
-        "snapkv": {"query-aware": [10, 45], "query-agnostic": [5, 10]},
-        "adakv": {"query-aware": [20, 47], "query-agnostic": [6, 20]},
-        "layer_defensivekv": {"query-aware": [5, 40], "query-agnostic": [9, 15]},
+        "snapkv": {"query-aware": [10, 45], "query-agnostic": [10, 25]},
+        "adakv": {"query-aware": [20, 47], "query-agnostic": [20, 26]},
+        "layer_defensivekv": {"query-aware": [40, 40], "query-agnostic": [15, 30]},
+    },
+    "retrieval_head": [1, 0],
+    "evidence": {
+        "snapkv": {"query-aware": [0.9, 1.0], "query-agnostic": [0.1, 0.8]},
+        "adakv": {"query-aware": [0.9, 1.0], "query-agnostic": [0.1, 0.9]},
+        "layer_defensivekv": {"query-aware": [0.9, 1.0], "query-agnostic": [0.3, 0.4]},
     },
     "left_out": {"headkv": "headkv needs a calibration."},
 }
@@ -207,17 +215,18 @@ RESULT = {
 
 def test_the_tables_say_what_was_measured() -> None:
     text = accuracy_part(RESULT)
-    assert "| `layer_defensivekv` (seed) | 10 % | 80 % |" in text
-    assert text.index("`adakv` |") < text.index("`snapkv` |")  # best first
+    assert "| `layer_defensivekv` (seed) | 80 % | 80 % |" in text
+    assert text.index("`layer_defensivekv` (seed)") < text.index("`adakv` |") < text.index("`snapkv` |")  # best first
     assert "`layer_defensivekv`: 80.0% |" in text and "30 %, 40 %, 20 % | does not hold |" in text
     assert "headkv needs a calibration." in text
+    assert "| method | held at 20 % | right | held at 50 % | right |" in text and "layer 1's KV head 0" in text
+    assert text.endswith("| `adakv` | 10 % | 40 % | 90 % | 52 % |\n| `snapkv` | 10 % | 20 % | 80 % | 50 % |")
 
 
 def test_the_chart_has_a_curve_for_each_method_and_mode() -> None:
     drawn = chart(RESULT)
     assert drawn.count("<polyline") == 6 and all(name in drawn for name in RESULT["methods"])
-    assert 'points="72.0,108.0 144.0,48.0"' not in drawn  # nothing is above its value
-    assert 'points="36.0,96.0 72.0,12.0"' in drawn  # snapkv, seen: 20 % and 90 %
+    assert 'points="72.0,96.0 180.0,12.0"' in drawn  # snapkv, the question seen: 20 % and 90 % right, of 120 px
 
 
 def test_only_what_lies_between_the_marks_is_replaced() -> None:

@@ -24,6 +24,11 @@ class Side(ABC):
     """A network, and the cache of the prompt it read last. Requests are dicts; see :func:`answer`."""
 
     packages: tuple[str, ...] = ("torch", "transformers")
+    cache: Any = None
+
+    @abstractmethod
+    def __init__(self, folder: str) -> None:
+        """The model saved in ``folder``, in float32."""
 
     @abstractmethod
     def prefill(self, ids: Any, method: Any) -> Any:
@@ -37,9 +42,9 @@ class Side(ABC):
     def held(self) -> dict[str, Any]:
         """Bytes of every tensor that the cache holds, as ``bytes``, and what else there is to say of them."""
 
-    @abstractmethod
     def release(self) -> None:
         """Let go of the cache."""
+        self.cache = None
 
 
 class Workbench(Side):
@@ -48,7 +53,7 @@ class Workbench(Side):
     def __init__(self, folder: str) -> None:
         from workbench.models.load import load
 
-        self.model, self.cache = load(folder, device="cpu"), None
+        self.model = load(folder, device="cpu", dtype="float32")
 
     def prefill(self, ids: Any, method: str) -> Any:
         from workbench.cache.make import cache
@@ -66,9 +71,6 @@ class Workbench(Side):
     def held(self) -> dict[str, Any]:
         memory = self.cache.memory()
         return {"bytes": memory.used_bytes, "by_kind": memory.by_kind}
-
-    def release(self) -> None:
-        self.cache = None
 
 
 class KVPress(Side):
@@ -89,7 +91,7 @@ class KVPress(Side):
         self.network = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="sdpa", dtype=torch.float32
         ).eval()
-        self.attention, self.cache = "sdpa", None
+        self.attention = "sdpa"
 
     def prefill(self, ids: Any, method: dict[str, Any] | None) -> Any:
         from transformers import DynamicCache
@@ -129,7 +131,7 @@ class KVPress(Side):
         return {"bytes": sum(by_kind.values()), "by_kind": by_kind}
 
     def release(self) -> None:
-        self.cache = None
+        super().release()
         for layer in self.network.model.layers:
             layer.self_attn.masked_key_indices = None
 

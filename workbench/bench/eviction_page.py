@@ -7,7 +7,6 @@ replaces the parts of the page between its marks; nothing is measured.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,28 @@ def accuracy_part(found: dict[str, Any]) -> str:
             cells = [share(right, samples) for right in found["methods"][name][mode]]
             lines += [f"| `{name}`{' (seed)' if name in SEEDS else ''} | " + " | ".join(cells) + " |"]
     lines += ["", *(f"Left out: {reason}" for reason in found["left_out"].values())]
-    return "\n".join([*lines, *figures(found)]).rstrip()
+    return "\n".join([*lines, *figures(found), "", *evidence(found)])
+
+
+def evidence(found: dict[str, Any]) -> list[str]:
+    """Query-agnostic answers beside what the head that answers still holds of the fact, most of it first."""
+    (layer, head), mode, shown = found["retrieval_head"], "query-agnostic", (ASKED, 0.5)
+    at = [found["budgets"].index(budget) for budget in shown]
+    lines = [
+        f"Query-agnostic: the share of the fact's tokens still held by layer {layer}'s KV head {head}, through which this model "
+        "looks answers up, and the answers:",
+        "",
+        "| method | " + " | ".join(f"held at {b:.0%} | right".replace("%", " %") for b in shown) + " |",
+        "|---" * (2 * len(shown) + 1) + "|",
+    ]
+    held = {name: [by[mode][i] for i in at] for name, by in found["evidence"].items()}
+    for name in sorted(held, key=lambda name: held[name], reverse=True):
+        right = [found["methods"][name][mode][i] for i in at]
+        cells = [
+            f"{part:.0%} | {share(n, found['samples'])}".replace("% |", " % |") for part, n in zip(held[name], right)
+        ]
+        lines += [f"| `{name}` | " + " | ".join(cells) + " |"]
+    return lines
 
 
 def figures(found: dict[str, Any]) -> list[str]:
@@ -94,22 +114,29 @@ def filled(page: str, parts: dict[str, str]) -> str:
     """The page with each part between its marks, ``<!-- name -->`` and ``<!-- /name -->``."""
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        page, count = re.subn(f"{begin}.*{end}", lambda _, new=f"{begin}\n{part}\n{end}": new, page, flags=re.DOTALL)
-        if count != 1:
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
             raise ValueError(f"the page has no part between {begin} and {end} to fill.")
+        page = f"{before}{begin}\n{part}\n{end}{after}"
     return page
 
 
 def written(root: Path = ROOT) -> dict[Path, str]:
-    """The page and the chart as the measurements in ``benchmarks`` have them: file -> text."""
-    accuracy = json.loads((root / "benchmarks/accuracy.json").read_text(encoding="utf-8"))["accuracy"]
-    eviction = json.loads((root / "benchmarks/eviction.json").read_text(encoding="utf-8"))["eviction"]
+    """The page and the chart as the measurements in ``benchmarks`` have them: file -> text. What was not measured stays."""
+    parts, files = {}, {}
+    if (accuracy := measured(root, "accuracy")) is not None:
+        parts["accuracy"] = accuracy_part(accuracy)
+        files[root / "docs/eviction-accuracy.svg"] = chart(accuracy)
+    if (eviction := measured(root, "eviction")) is not None:
+        parts |= {"speed": speed_part(eviction), "held": held_part(eviction)}
     page = root / "docs/eviction.md"
-    parts = {"accuracy": accuracy_part(accuracy), "speed": speed_part(eviction), "held": held_part(eviction)}
-    return {
-        page: filled(page.read_text(encoding="utf-8"), parts),
-        root / "docs/eviction-accuracy.svg": chart(accuracy),
-    }
+    return {page: filled(page.read_text(encoding="utf-8"), parts), **files}
+
+
+def measured(root: Path, subject: str) -> dict[str, Any] | None:
+    file = root / "benchmarks" / f"{subject}.json"
+    return json.loads(file.read_text(encoding="utf-8"))[subject] if file.is_file() else None
 
 
 if __name__ == "__main__":

@@ -54,15 +54,17 @@ def measure_held(budget: float, length: int, quick: bool, tell: Callable[[str], 
             except ArtifactError as error:
                 lanes[recipe.text] = {"left_out": str(error)}
                 continue
-            lanes[recipe.text] = held(model, recipe, tokens, full, budget)
+            lanes[recipe.text] = held(model, recipe, tokens, full, None if quick else budget)
         out.append({"model": name, "dtype": model.geometry.dtype, "tokens": tokens, "full_bytes": full, "lanes": lanes})
     return out
 
 
-def held(model: Model, recipe: Recipe, tokens: int, full: int, budget: float) -> dict[str, Any]:
+def held(model: Model, recipe: Recipe, tokens: int, full: int, budget: float | None) -> dict[str, Any]:
     """``boundary``: the most that the layers done hold at a layer's boundary; ``end``: after the prompt; of the full cache.
 
-    A method that settles all layers after the last one is only asked for the end (``cascades`` is False).
+    A method that settles all layers after the last one is only asked for the end (``cascades`` is False). ``reached``:
+    whether that is within the budget and its slack; None without a budget (a tiny model's entries are hardly larger than what is
+    noted of them).
     """
     probe = Boundaries()
     cache = WorkbenchCache(recipe, model.geometry, tokens, [probe], model.artifacts)
@@ -75,5 +77,5 @@ def held(model: Model, recipe: Recipe, tokens: int, full: int, budget: float) ->
         "boundary": round(max(probe.bytes) / full, 5),
         "end": round(end / full, 5),
         "cascades": cascades,
-        "reached": most <= budget * SLACK * full,
+        "reached": None if budget is None else most <= budget * SLACK * full,
     }

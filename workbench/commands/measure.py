@@ -18,6 +18,7 @@ from workbench.errors import WorkbenchError
 
 USUAL = ("speed", "bytes", "load", "rerun", "app")
 SUBJECTS = (*USUAL, "eviction", "accuracy")
+MARK = {None: "", True: "reached", False: "MISSED"}
 
 
 def measure(
@@ -173,8 +174,7 @@ def _show_bytes(cases: list[dict[str, Any]], out: Console) -> None:
         table = Table("recipe", "held", "of full", "at most", "")
         for name, lane in case["lanes"].items():
             limit = "" if lane["at_most"] is None else f"{lane['at_most']:.2f}x"
-            mark = {None: "", True: "reached", False: "MISSED"}[lane["reached"]]
-            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, mark)
+            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, MARK[lane["reached"]])
         out.print(table)
 
 
@@ -232,7 +232,7 @@ def _show_eviction(found: dict[str, Any], out: Console) -> None:
                 table.add_row(escape(name), escape(lane["left_out"]))
                 continue
             boundary = f"{lane['boundary']:.4f}" + ("" if lane["cascades"] else " (not asked)")
-            table.add_row(escape(name), boundary, f"{lane['end']:.4f}", "reached" if lane["reached"] else "MISSED")
+            table.add_row(escape(name), boundary, f"{lane['end']:.4f}", MARK[lane["reached"]])
         out.print(table)
 
 
