@@ -168,9 +168,9 @@ def resident_peak(work: Callable[[], object]) -> dict[str, int]:
     """Resident bytes at the peak of ``work()``: ``added`` to what there was, and ``total``."""
     gc.collect()
     CLEAR.write_text("5")  # the high-water mark starts anew
-    before = resident("VmRSS")
+    before = status("VmRSS")
     work()
-    found = resident("VmHWM")
+    found = status("VmHWM")
     return {"added": found - before, "total": found}
 
 
@@ -183,7 +183,8 @@ def can_count() -> bool:
     return STATUS.exists()
 
 
-def resident(name: str) -> int:
+def status(name: str) -> int:
+    """A figure of this process in bytes, as Linux names it (VmRSS, VmHWM)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
