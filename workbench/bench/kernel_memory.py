@@ -38,7 +38,9 @@ def measure(case: Case, contender: str) -> dict[str, int]:
     from workbench.bench.kernels import Case, Layer, dense_bytes
 
     with torch.inference_mode():
-        small = Layer(Case(512, case.head_dim, case.queries, case.bits, case.group, case.sparsity), "cpu", torch.float32, 0)
+        small = Layer(
+            Case(512, case.head_dim, case.queries, case.bits, case.group, case.sparsity), "cpu", torch.float32, 0
+        )
         small.contenders()[contender]()  # the libraries' own buffers are no part of it
         layer = Layer(case, "cpu", torch.float32, 0)
         call = layer.contenders()[contender]
