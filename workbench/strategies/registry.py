@@ -16,6 +16,7 @@ from workbench.strategies.eviction.compresskv import CompressKV
 from workbench.strategies.eviction.critical import CriticalKV
 from workbench.strategies.eviction.defensivekv import DefensiveKV, LayerDefensiveKV
 from workbench.strategies.eviction.expected_attention import ExpectedAttention
+from workbench.strategies.eviction.fastkv import FastKV
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.headkv import HeadKV
 from workbench.strategies.eviction.keydiff import KeyDiff
@@ -28,10 +29,12 @@ from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
 from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
+from workbench.strategies.quantization.bfp import BFP
 from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.mikv import MiKV
 from workbench.strategies.quantization.mustafar import Mustafar
+from workbench.strategies.quantization.rotatekv import RotateKV
 from workbench.strategies.quantization.rtn import RTN
 from workbench.strategies.quantization.zipcache import ZipCache
 
@@ -47,6 +50,7 @@ OURS: list[type[Strategy]] = [
     CompressKV,
     DefensiveKV,
     LayerDefensiveKV,
+    FastKV,
     ExpectedAttention,
     H2O,
     ObservedAttention,
@@ -62,6 +66,8 @@ OURS: list[type[Strategy]] = [
     GEAR,
     ZipCache,
     MiKV,
+    BFP,
+    RotateKV,
     Mustafar,
 ]
 
@@ -91,11 +97,7 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def describe(cls: type[Strategy]) -> dict[str, Any]:
-    """A strategy for people and machines: what the CLI prints, the app draws and the docs list.
-
-    ``needs`` names the last queries of the prompt, and the commands that make what a model needs beforehand.
-    """
-    default = cls()
+    """A strategy for people and machines: what the CLI prints, the app draws and the docs list."""
     parameters = {}
     for name in cls.parameter_names():
         declared = cls.param[name]
@@ -113,8 +115,15 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": [*(["queries"] if default.query_window else []), *(k.made_by("MODEL") for k in default.artifacts)],
+        "needs": needs(cls()),
     }
+
+
+def needs(part: Strategy) -> list[str]:
+    """What a strategy takes beside keys and values: the prompt's last queries, the choice of later layers' tokens, and the
+    commands that make what a model needs beforehand."""
+    beforehand = [kind.made_by("MODEL") for kind in part.artifacts]
+    return ["queries"] * bool(part.query_window) + ["token_set"] * part.needs_token_set + beforehand
 
 
 def strategies() -> list[dict[str, Any]]:
