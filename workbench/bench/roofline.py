@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 470, 74, 46, 232, 58
-COLOURS = ("#0b6e99", "#b5482a", "#2f7d4f", "#7a4fa3", "#8a6d00", "#444444")
+COLOURS = ("#0b6e99", "#b5482a", "#2f7d4f", "#7a4fa3", "#8a6d00", "#444444", "#c2478d", "#3f9e9e", "#6b8e23")
 DASHES = {"bound": "5 4", "measured": "none"}
 
 
@@ -50,6 +50,11 @@ def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [curves.pop("dense"), *curves.values()]
 
 
+def _plain(power: int) -> str:
+    """A power of ten as it is said: 0.1, 1, 1,000,000."""
+    return f"{10**power:,}" if power >= 0 else f"{10.0**power:g}"
+
+
 def plot(result: dict[str, Any]) -> str:
     """SVG text."""
     curves = lines(result)
@@ -74,7 +79,7 @@ def plot(result: dict[str, Any]) -> str:
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         at = y(10.0**power)
         out.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        out.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g} µs</text>')
+        out.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_plain(power)} µs</text>')
     for count in tokens:
         out.append(f'<path d="M{x(count):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>')
         out.append(f'<text x="{x(count):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{count:,}</text>')
