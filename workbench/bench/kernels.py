@@ -7,6 +7,7 @@ A speed is refused where the result is not that of the definition. Axes as in :m
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 import time
@@ -314,11 +315,9 @@ def _graph(call: Callable[[], Any]) -> Any:
 
 def _flash_attention() -> Any:
     """flash-attn's own function, or None where it is not installed."""
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
+    if importlib.util.find_spec("flash_attn") is None:
         return None
-    return flash_attn_func
+    return importlib.import_module("flash_attn").flash_attn_func
 
 
 def _spread(ratios: list[float]) -> dict[str, float]:
