@@ -223,11 +223,13 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[SUBJECT]…",
-            help="speed, bytes, load, rerun, app (these if none is named); eviction, accuracy, which take longer.",
+            help="speed, bytes, kernels, load, rerun, app (these if none is named); eviction, accuracy, which take longer.",
         ),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="Recipes for speed; may repeat.")] = None,
-    length: Annotated[list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed; may repeat.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed and kernels; may repeat.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions.")] = None,
     method: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Methods for eviction and accuracy; may repeat.")

@@ -61,11 +61,11 @@ def axes(name: str, budgets: Sequence[float], first: bool) -> list[str]:
     drawn = [f'<text y="-8">{name}</text>', f'<path class="axis" fill="none" d="M0 0V{HEIGHT}H{WIDTH}"/>']
     for budget in budgets:
         drawn += [
-            f'<text class="small" x="{x(budget)}" y="{HEIGHT + 14}" text-anchor="middle">{100 * budget:.0f}%</text>'
+            f'<text class="small" x="{x(budget)}" y="{HEIGHT + 14}" text-anchor="middle">{100 * budget:.0f}{" %" if budget == budgets[-1] else ""}</text>'
         ]
     if first:
         drawn += [
-            f'<text class="small" x="-6" y="{y(s) + 3}" text-anchor="end">{100 * s:.0f}%</text>' for s in (0, 0.5, 1)
+            f'<text class="small" x="-6" y="{y(s) + 3}" text-anchor="end">{100 * s:.0f} %</text>' for s in (0, 0.5, 1)
         ]
     return drawn
 
