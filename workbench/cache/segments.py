@@ -236,6 +236,14 @@ class UniformSegment(Segment):
         each, over = divmod(sum(self.nbytes().values()), rows)  # what heads share is split among them
         return [each + (row < over) for row in range(rows)]
 
+    def shared(self) -> list[tuple[str, Tensor]]:
+        """(kind, tensor) held that other segments may hold as well."""
+        return []
+
+    def own_bytes(self) -> dict[str, int]:
+        """Bytes by kind without what is :meth:`shared`."""
+        return self.nbytes()
+
     def _banded(self, query: Query) -> bool:
         """Whether no mask is needed: over consecutive entries a window is a band that ends with the query's own."""
         ends_here = query.own or query.stop == self.start + self.length  # the second: replayed
