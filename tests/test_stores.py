@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workbench.cache.packed import PackedSegment
+from workbench.cache.coded import CodedSegment
 from workbench.cache.ragged import RaggedSegment
 from workbench.cache.segments import DenseSegment, Query
 from workbench.cache.store import Store
@@ -20,7 +20,7 @@ from workbench_kernels import attend, attention_reference, attention_sums, merge
 
 BATCH, HEADS, GROUP, DIM = 2, 2, 3, 16
 ROWS = BATCH * HEADS
-SMALL = KIVI(bits=4, group_size=16, residual_length=16)
+SMALL = KIVI(bits=4, group_size=16, residual_length=16).codec()
 
 
 @dataclass
@@ -217,14 +217,12 @@ def test_bytes_are_those_of_the_tensors_held(kind: str) -> None:
     ]
     total = 0
     for segment in segments:
-        growing = (
-            ["k", "v"]
-            if isinstance(segment, DenseSegment)
-            else [f"{side}_{what}" for side in ("key", "value") for what in ("codes", "scale", "low")]
-        )
-        tensors = [b for name in growing for b in getattr(segment, name).blocks()]
-        if isinstance(segment, PackedSegment):
-            tensors += [segment.key_residual.view(), segment.value_residual.view()]
+        if isinstance(segment, CodedSegment):
+            sides = (segment.key_side, segment.value_side)
+            growing = [part for side in sides for run in side.runs for part in run.growing.values()]
+            tensors = [block for part in growing for block in part.blocks()] + [s.residual.view() for s in sides]
+        else:
+            tensors = [*segment.k.blocks(), *segment.v.blocks()]
         if segment.at is not None:
             tensors += segment.at.blocks()
         total += sum(x.numel() * x.element_size() for x in tensors)

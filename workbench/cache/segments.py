@@ -123,7 +123,7 @@ class Segment(ABC):
 
     @abstractmethod
     def nbytes(self) -> dict[str, int]:
-        """Bytes in use by kind (keys, values, codes, scales, positions, window); every tensor held is in one kind."""
+        """Bytes in use by kind (keys, values, codes, scales, positions, window, …); every tensor held is in one kind."""
 
     @abstractmethod
     def nbytes_by_row(self) -> list[int]:
@@ -164,6 +164,14 @@ class UniformSegment(Segment):
     @property
     @abstractmethod
     def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """Decoded keys [B, H, n, D]; a view where they are dense."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """Decoded values [B, H, n, D]; a view where they are dense."""
 
     @property
     def lengths(self) -> list[int]:

@@ -29,6 +29,7 @@ from workbench.strategies.eviction.streaming_llm import StreamingLLM
 from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
+from workbench.strategies.quantization.rtn import RTN
 
 GROUP = "kv_workbench.strategies"
 OURS: list[type[Strategy]] = [
@@ -52,6 +53,7 @@ OURS: list[type[Strategy]] = [
     Random,
     Locret,
     ThinK,
+    RTN,
     KIVI,
 ]
 
