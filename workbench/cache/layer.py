@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from workbench.cache.growable import MIN_SPARE
-from workbench.cache.segments import Query, entry_mask
+from workbench.cache.inputs import NO_INPUT
+from workbench.cache.segments import Query, Segment, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
 from workbench.models.projections import output_weight
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
+    from workbench.models.geometry import Geometry
+    from workbench.models.rebuild import Rebuild
     from workbench.models.rope import Rope
     from workbench.strategies.base import Declared
 
@@ -84,6 +87,23 @@ class LayerView:
     def rope(self) -> Rope:
         """How this layer turns its queries and keys by position; a strategy's ``check`` asks for it beforehand."""
         return self._owner.cache.geometry.ropes[self.layer]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of the model's attention."""
+        return self._owner.cache.geometry
+
+    @property
+    def rebuild(self) -> Rebuild:
+        """How this layer makes keys and values of its input; a strategy's ``check`` asks for it beforehand."""
+        return self._owner.cache.geometry.rebuilds[self.layer]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The layer's input [B, Tq, hidden] for the chunk just attended, of a strategy that ``needs`` "hidden"."""
+        if self._owner.hidden is None:
+            raise WorkbenchError(NO_INPUT)
+        return self._owner.hidden
 
     @property
     def window(self) -> int | None:
@@ -155,6 +175,12 @@ class LayerView:
         self._owner.store.narrow_keys(channels, recent)
         self._owner.cache.note_bytes(self._owner)
 
+    @property
+    def below(self) -> Segment:
+        """How the layer before holds its entries, where one segment holds them all."""
+        (segment,) = self._owner.cache.layers[self.layer - 1].store.segments
+        return segment
+
     def recode(self, codec: Codec) -> None:
         """Hold this layer's entries by ``codec`` from now on."""
         self._owner.store.recode(codec)
@@ -177,6 +203,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.store: Store = Store(1, 1)
         self.seen = 0
         self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
+        self.hidden: Tensor | None = None  # the layer's input of the chunk under way, if a strategy needs it
         self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -203,7 +230,10 @@ class WorkbenchLayer(CacheLayerMixin):
             self.cache.note_prompt(key_states.shape[2])
             if self.seen == 0:
                 self.store.reserve(key_states, self._room(key_states.shape[2]))
-            self.store.append(key_states, value_states, self.seen)
+            if self.hidden is None:
+                self.store.append(key_states, value_states, self.seen)
+            else:
+                self.store.append(key_states, value_states, self.seen, self.hidden)
             self.seen += key_states.shape[2]
         self._waiting = True
         key_states._workbench_layer = self  # type: ignore[attr-defined]
@@ -257,6 +287,7 @@ class WorkbenchLayer(CacheLayerMixin):
             probe.on_attention(self, query, out)
         if not cache.replaying:
             self._act(query)
+        self.hidden = None
         return out
 
     def view(self, part: int, query: Query) -> LayerView:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.channels import ChannelSegment
+from workbench.cache.inputs import InputSegment
 from workbench.cache.ragged import RaggedSegment
 from workbench.cache.segments import DenseSegment, Query, Segment, UniformSegment, take
 from workbench.errors import WorkbenchError
@@ -70,8 +71,18 @@ class Store:
         if isinstance(last, DenseSegment):
             last.reserve(like, rows)
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        self.segments[-1].append(k, v, start)
+    def append(self, k: Tensor, v: Tensor, start: int, hidden: Tensor | None = None) -> None:
+        """Add entries k, v [B, H, T, D] at positions start, …; ``hidden`` [B, T, d] is what they were made of, where asked for."""
+        last = self.segments[-1]
+        if isinstance(last, InputSegment) and hidden is not None:
+            last.append_input(hidden, start)
+        else:
+            last.append(k, v, start)
+
+    def rest_on(self, below: Store) -> None:
+        """The layer before holds its entries in ``below``."""
+        for segment, under in zip(self.segments, below.segments, strict=False):
+            segment.rest_on(under)
 
     def attend(self, query: Query) -> Tensor:
         """Attention [B, Hq, Tq, D] over all segments."""

@@ -166,6 +166,7 @@ class Strategy(Declared):
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
             recipe then act after that.
         alone: True when no other method may drop tokens in the same recipe.
+        needs: what must be brought to it besides queries, keys and values: "hidden", the layers' inputs.
         closing: True when it holds entries in a form that no other method can take over, so it comes last.
     """
 
@@ -174,6 +175,7 @@ class Strategy(Declared):
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     closing: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def alone(self) -> bool:
@@ -190,6 +192,16 @@ class Strategy(Declared):
     @property
     def spans_layers(self) -> bool:
         return False
+
+    @property
+    def keeps_alike(self) -> str:
+        """Who is sure to keep the same tokens: "layers" (all heads of all layers), "heads" (those of a layer), or nobody: ""."""
+        return ""
+
+    @property
+    def wants_alike(self) -> str:
+        """Who must keep the same tokens for this to work after an eviction, in the same words; "" for nobody."""
+        return ""
 
     @property
     def query_window(self) -> int:

@@ -30,6 +30,7 @@ from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.rtn import RTN
+from workbench.strategies.quantization.xquant import XQuant, XQuantCL
 
 GROUP = "kv_workbench.strategies"
 OURS: list[type[Strategy]] = [
@@ -55,6 +56,8 @@ OURS: list[type[Strategy]] = [
     ThinK,
     RTN,
     KIVI,
+    XQuant,
+    XQuantCL,
 ]
 
 
@@ -105,7 +108,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": [*(["queries"] if default.query_window else []), *(k.made_by("MODEL") for k in default.artifacts)],
+        "needs": [*(["queries"] if default.query_window else []), *sorted(default.needs), *(k.made_by("MODEL") for k in default.artifacts)],
     }
 
 
