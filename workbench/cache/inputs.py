@@ -21,7 +21,9 @@ from workbench.errors import WorkbenchError
 from workbench.models.rebuild import Rebuild
 from workbench_kernels import attend, merge_partials
 
-BLOCK = 1024  # entries whose keys and values are rebuilt at a time while attending; no dense copy of more than this exists
+BLOCK = (
+    1024  # entries whose keys and values are rebuilt at a time while attending; no dense copy of more than this exists
+)
 NO_INPUT = (
     "A layer's input did not reach this cache, because its hooks were taken out of the model or the model was copied "
     "since; make a new one with wb.cache(recipe, model)."
@@ -44,7 +46,7 @@ class Form(ABC):
 
     def factors(self) -> list[Tensor]:
         """Matrices made of the model's weights that this takes besides them."""
-        return []
+        return self.rebuild.copies
 
 
 class WholeInput(Form):
@@ -68,14 +70,14 @@ class LatentPair(Form):
 
     def factors(self) -> list[Tensor]:
         pairs = self.rebuild.key_latents, self.rebuild.value_latents
-        return [matrix for pair in pairs for matrix in (pair.down, pair.up)]
+        return [*super().factors(), *(matrix for pair in pairs for matrix in (pair.down, pair.up))]
 
 
 class JointLatent(WholeInput):
     """The input itself, but differences to the layer below are coded along the left singular vectors of both projections."""
 
     def factors(self) -> list[Tensor]:
-        return [self.rebuild.joint]
+        return [*super().factors(), self.rebuild.joint]
 
 
 class InputSegment(UniformSegment):
@@ -233,8 +235,9 @@ class DeltaSegment(InputSegment):
         self.below = below
 
     def _code(self, rows: Tensor) -> None:
-        delta = rows - self.below.rows(self.coded, self.coded + rows.shape[2])
-        super()._code(F.linear(delta, self.form.rebuild.joint) if isinstance(self.form, JointLatent) else delta)
+        for part in rows.split(BLOCK, 2):
+            delta = part - self.below.rows(self.coded, self.coded + part.shape[2])
+            super()._code(F.linear(delta, self.form.rebuild.joint) if isinstance(self.form, JointLatent) else delta)
 
     def _decoded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         delta = super()._decoded(start, stop, dtype)

@@ -32,8 +32,8 @@ class Latents:
 
     @classmethod
     def of(cls, weight: Tensor) -> Latents:
-        """The thin SVD of a linear layer's weight [H * D, d], in float32; kept in the weight's dtype."""
-        u, sizes, rest = torch.linalg.svd(weight.float().T, full_matrices=False)
+        """The thin SVD of a linear layer's weight [H * D, d], in float64; kept in the weight's dtype."""
+        u, sizes, rest = torch.linalg.svd(weight.double().T, full_matrices=False)
         return cls(u.T.to(weight.dtype).contiguous(), (sizes[:, None] * rest).T.to(weight.dtype).contiguous())
 
 
@@ -45,12 +45,20 @@ class Rebuild:
         norm: of the keys, before RoPE, or None; ``flat``: it runs over all heads together (OLMo 2).
         rope: how the layer turns its keys, or None.
         heads: KV heads.
+        copies: which of the weights had to be copied from the model's.
     """
 
     def __init__(
-        self, key: Linear, value: Linear, norm: nn.Module | None, flat: bool, rope: Rope | None, heads: int
+        self,
+        key: Linear,
+        value: Linear,
+        norm: nn.Module | None,
+        flat: bool,
+        rope: Rope | None,
+        heads: int,
+        copies: list[Tensor],
     ) -> None:
-        self.key, self.value, self.heads = key, value, heads
+        self.key, self.value, self.heads, self.copies = key, value, heads, copies
         self.norm, self.flat = norm, flat
         self.rope = rope if rope is not None and len(rope.frequencies) else None
 
@@ -101,7 +109,13 @@ class Rebuilds:
     """
 
     def __init__(
-        self, network: Any = None, ropes: Ropes | None = None, layers: int = 0, heads: int = 0, kv_heads: int = 0, head_dim: int = 0
+        self,
+        network: Any = None,
+        ropes: Ropes | None = None,
+        layers: int = 0,
+        heads: int = 0,
+        kv_heads: int = 0,
+        head_dim: int = 0,
     ) -> None:
         self._network, self._ropes, self._layers = network, ropes, layers
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
@@ -135,20 +149,23 @@ class Rebuilds:
     @cached_property
     def _found(self) -> tuple[list[Rebuild], str]:
         """The layers' ways, and what is in the way of having them."""
+        with torch.no_grad():
+            return self._looked_for()
+
+    def _looked_for(self) -> tuple[list[Rebuild], str]:
         if self._network is None:
             return [], "only the config of this model is known, not the model itself"
-        if not self.modules:
+        shown = self._shown() if self.modules else []
+        if len(shown) != self._layers:
             return [], "not every layer of this model projects keys and values in a way known here"
         layers = []
-        for number, (module, (x, k, v)) in enumerate(zip(self.modules, self._shown(), strict=True)):
+        for number, (module, (x, k, v)) in enumerate(zip(self.modules, shown, strict=True)):
             rebuild = self._read(number, module)
             if rebuild is None:
                 return [], f"the projections of layer {number} of this model cannot be read in full precision"
             at = torch.tensor([[[0]], [[DISTANCE]]], device=x.device)  # [B, 1, n]
-            for made, own in zip(rebuild.of_input(x, at), (k, v), strict=True):
-                error = float((made.float() - own.float()).norm() / own.float().norm().clamp_min(1e-20))
-                if made.shape != own.shape or not error <= TOLERANCE:  # NaN too
-                    return [], f"layer {number} of this model makes them in a way that is not known here"
+            if not all(near(made, own) for made, own in zip(rebuild.of_input(x, at), (k, v), strict=True)):
+                return [], f"layer {number} of this model makes them in a way that is not known here"
             layers.append(rebuild)
         return layers, ""
 
@@ -157,13 +174,18 @@ class Rebuilds:
         if weights is None:
             return None
         norm = next((n for name in KEY_NORMS if isinstance(n := getattr(module, name, None), nn.Module)), None)
-        size = sum(p.numel() for p in norm.parameters()) if norm is not None else 0
-        flat = self._kv_heads > 1 and size == self._kv_heads * self._head_dim and next(norm.parameters()).ndim == 1  # type: ignore[union-attr]
+        shapes = [tuple(p.shape) for p in norm.parameters()] if norm is not None else []
+        flat = self._kv_heads > 1 and shapes[:1] == [(self._kv_heads * self._head_dim,)]
         rope = None if self._ropes is None else self._ropes.known(layer)
-        return Rebuild(*weights, norm, flat, rope, self._kv_heads)
+        own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        copies = [w for w, _ in weights if w.untyped_storage().data_ptr() not in own]
+        return Rebuild(*weights, norm, flat, rope, self._kv_heads, copies)
 
     def _shown(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Per layer the input [2, 1, d], keys and values [2, H, 1, D] of one token at position 0 and at DISTANCE."""
+        """Per layer the input [2, 1, d], keys and values [2, H, 1, D] of one token at position 0 and at DISTANCE.
+
+        Fewer where not every layer has a module known here, or a cache of its own.
+        """
         from transformers.cache_utils import DynamicCache
 
         inputs: dict[nn.Module, Tensor] = {}
@@ -177,17 +199,23 @@ class Rebuilds:
         cache = DynamicCache()
         handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self.modules]
         try:
-            with torch.inference_mode():
-                network(
-                    input_ids=token,
-                    position_ids=torch.tensor([[0], [DISTANCE]], device=device),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+            network(
+                input_ids=token,
+                position_ids=torch.tensor([[0], [DISTANCE]], device=device),
+                past_key_values=cache,
+                use_cache=True,
+            )
         finally:
             for handle in handles:
                 handle.remove()
-        return [(inputs[m], layer.keys, layer.values) for m, layer in zip(self.modules, cache.layers, strict=True)]
+        return [(inputs[m], layer.keys, layer.values) for m, layer in zip(self.modules, cache.layers, strict=False)]
+
+
+def near(made: Tensor, own: Tensor) -> bool:
+    """Whether keys or values that were rebuilt are the model's own, but for rounding; NaN is not."""
+    if made.shape != own.shape:
+        return False
+    return float((made.float() - own.float()).norm() / own.float().norm().clamp_min(1e-20)) <= TOLERANCE
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -108,7 +108,11 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": [*(["queries"] if default.query_window else []), *sorted(default.needs), *(k.made_by("MODEL") for k in default.artifacts)],
+        "needs": [
+            *(["queries"] if default.query_window else []),
+            *sorted(default.needs),
+            *(k.made_by("MODEL") for k in default.artifacts),
+        ],
     }
 
 

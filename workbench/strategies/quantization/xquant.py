@@ -72,7 +72,9 @@ class InputQuantization(Quantization):
     group_size: Any = param.Selector(
         default=128, objects=GROUPS, doc="numbers that share a scale; a whole row where that is shorter"
     )
-    residual_length = param.Integer(128, bounds=(1, 4096), doc="tokens that are quantized together when so many are new")
+    residual_length = param.Integer(
+        128, bounds=(1, 4096), doc="tokens that are quantized together when so many are new"
+    )
 
     @property
     def needs_prompt(self) -> bool:
