@@ -18,12 +18,17 @@ LENGTH = 90
 SMALL = {  # parameters that fit heads of 16 channels and a short prompt
     "rtn": "group_size=16",
     "kivi": "group_size=16, residual_length=16",
+    "gear": "bits=4, outliers=0.1, group_size=16, residual_length=16, rank=2, later_rank=1",
+    "zipcache": "residual_length=16",
+    "mikv": "bits=4",
+    "bfp": "group_size=16",
+    "rotatekv": "bits=4, group_size=32",
 }
 METHODS = [  # X caches have laws of their own: test_xquant.py
-    key for key, cls in registry().items() if cls.family == "quantization" and not cls.needs
+    key for key, cls in registry().items() if cls.family == "quantization" and not cls().needs_inputs
 ]
-NEEDS_ROPE: set[str] = set()
-EXACT = ["rtn(bits=16)", "kivi(bits=16)"]
+NEEDS_ROPE = {"rotatekv"}
+EXACT = ["rtn(bits=16)", "kivi(bits=16)", "mikv(importance=1.0)", "bfp(bits=16)"]
 
 
 def small(key: str, **more: object) -> str:
@@ -153,14 +158,16 @@ def test_generate_takes_the_cache_as_it_is(key: str, before: str) -> None:
 def test_a_batch_of_two_is_each_of_them_alone(key: str) -> None:
     ids = [prompt(50), prompt(50, seed=5)]
     model = network("llama", "workbench")
-    cache = cache_for(build(), small(key), 50)
+    # How many sinks are protected is one number for the batch.
+    recipe = small(key, **({"pivots": 0} if key == "rotatekv" else {}))
+    cache = cache_for(build(), recipe, 50)
     both = torch.tensor(ids)
     with torch.inference_mode():
         model(both, past_key_values=cache)
         for _ in range(3):
             together = model(torch.tensor([[7], [9]]), past_key_values=cache).logits
     for number, token in enumerate((7, 9)):
-        alone = cache_for(build(), small(key), 50)
+        alone = cache_for(build(), recipe, 50)
         feed(build(), alone, ids[number])
         said = [feed(build(), alone, [token]) for _ in range(3)][-1]
         torch.testing.assert_close(together[number], said, atol=2e-3, rtol=2e-3)
@@ -200,5 +207,5 @@ def test_numbers_that_no_code_holds_are_refused_in_one_sentence(
     if key == "bfp" and (side == "v_proj" or bad == 1e38):
         return  # its values stay as they are, and its exponents reach as far as float32's
     with pytest.raises(wb.WorkbenchError, match="cannot be quantized.*use a recipe without") as caught:
-        run(small(key))
+        run(small(key, **({"importance": 0.0} if key == "mikv" else {})))  # important tokens stay as they are
     assert "\n" not in str(caught.value)

@@ -28,7 +28,9 @@ def test_the_bits_are_where_the_layout_says() -> None:
     codes = [0b00001, 0b00010, 0b11111, 0b10100, 0b00000, 0b01010, 0b11000, 0b00111]
     fours = {code: four for four, code in every_code()}
     row = torch.tensor([[w for code in codes for w in fours[code]]])
-    number = sum(code << 5 * j for j, code in enumerate(codes))  # code j in bits 5 j to 5 j + 4, least significant first
+    number = sum(
+        code << 5 * j for j, code in enumerate(codes)
+    )  # code j in bits 5 j to 5 j + 4, least significant first
     assert bytes(pack(row)[0].tolist()) == number.to_bytes(5, "little")
 
 
@@ -66,7 +68,9 @@ def test_packing_is_exact_and_as_small_as_it_says(rows: int, blocks: int, group:
 
 def test_ties_and_zeros_have_a_code() -> None:
     ternary, scale = ternarize(torch.tensor([[1.0, -1, 1, 1, 0, 0, 0, 2]]))
-    assert ternary.tolist() == [[1, -1, 1, 0, 1, 1, 0, 1]]  # of equals the last is dropped; a zero that is kept is positive
+    assert ternary.tolist() == [
+        [1, -1, 1, 0, 1, 1, 0, 1]
+    ]  # of equals the last is dropped; a zero that is kept is positive
     assert scale.item() == pytest.approx(5 / 6)
 
 

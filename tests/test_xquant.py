@@ -305,7 +305,7 @@ def test_generate_takes_the_cache_as_it_is_and_the_model_is_left_as_it_was(recip
     assert out.shape == (1, 72) and cache.get_seq_length() == 71
     other = cache_for(model)
     feed(model, other, prompt(9))  # another cache on the same model: nothing of it is heard
-    assert all(layer.hidden is None for layer in (*cache.layers, *other.layers)) and cache.get_seq_length() == 71
+    assert all(layer.inputs is None for layer in (*cache.layers, *other.layers)) and cache.get_seq_length() == 71
     del cache
     gc.collect()
     feed(model, other, prompt(2), 1)

@@ -203,6 +203,20 @@ def calibrate_headkv(
     raise typer.Exit(calibrate("headkv", model, samples, out, device, dtype))
 
 
+@calibrate_app.command("rotatekv")
+def calibrate_rotatekv(
+    model: ModelName,
+    samples: Samples = 80,
+    out: Target = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Measure how large each channel of the rotated keys is, for the order in which channels share scales."""
+    from workbench.commands.calibrate import calibrate
+
+    raise typer.Exit(calibrate("rotatekv", model, samples, out, device, dtype))
+
+
 @app.command()
 def bench(
     subject: Annotated[

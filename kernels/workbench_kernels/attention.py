@@ -133,6 +133,24 @@ def attention_sums(
     return sums
 
 
+def attention_received(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, *, visible: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """What some entries received of the attention of all: the softmax over everything is known by its log-sum-exp.
+
+    Args:
+        q: [B, Hq, Tq, D]; k: [B, H, N, D], the entries asked about; lse: [B, Hq, Tq] over all entries.
+        visible: bool [B, H, Tq, N], which query sees which; None where all see all.
+
+    Returns:
+        [B, Hq, N] float32, summed over the queries.
+    """
+    logits = _block_logits(q, k, scale, (0, q.shape[2]), (0, k.shape[2]), False, None, None, softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible.repeat_interleave(q.shape[1] // visible.shape[1], 1), -math.inf)
+    return torch.exp(logits - lse[..., None]).nan_to_num(0.0).sum(2)
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
         # The CPU kernel reads rows as if the last axis were dense, and says nothing where it is not.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from workbench.cache.hidden import HiddenStates
 from workbench.cache.layer import WorkbenchLayer
 from workbench.cache.tap import InputTap
 from workbench.errors import WorkbenchError
@@ -77,9 +78,10 @@ class WorkbenchCache(Cache):
         super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
         recipe.check(geometry, artifacts)
         self.tap = tap
-        if "hidden" in recipe.needs:
+        if recipe.needs_inputs:
             self.tap = tap or InputTap(geometry.rebuilds)
             self.tap.add(self)
+        self._hidden = HiddenStates(self) if recipe.needs_hidden else None
 
     def note_prompt(self, tokens: int) -> None:
         """The first forward call tells the prompt's length unless it was given."""
@@ -149,6 +151,8 @@ class WorkbenchCache(Cache):
             part.after_prompt(views)
             waited = waited or part.spans_layers
         self._asked = []
+        if self._hidden is not None:
+            self._hidden.stop()
         for layer in self.layers:
             self.note_bytes(layer)
 
@@ -163,6 +167,8 @@ class WorkbenchCache(Cache):
                 layer.states = [{} for _ in recipe.parts]
         twin.peak_bytes, twin._layer_bytes = self.peak_bytes, list(self._layer_bytes)
         twin._chunk_bytes, twin._before_chunk = list(self._chunk_bytes), self._before_chunk
+        if twin._hidden is not None and self.get_seq_length() >= (self.prompt_length or 1):
+            twin._hidden.stop()  # the prompt is read
         return twin
 
     def memory(self) -> Memory:

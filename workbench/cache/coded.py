@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.cache.growable import Growable
 from workbench.cache.schemes.base import Scheme
-from workbench.cache.segments import Partial, Query, Segment, UniformSegment, entry_mask
+from workbench.cache.segments import Partial, Query, UniformSegment, entry_mask
 from workbench.cache.sides import AT_ONCE, Flush, Side
 from workbench_kernels import attend, merge_partials
 
@@ -36,7 +36,7 @@ class PairCodec:
     first_values: Scheme | None = None
     first_flush: Flush | None = None
 
-    def encode(self, k: Tensor, v: Tensor, positions: Tensor | None, start: int) -> Segment:
+    def encode(self, k: Tensor, v: Tensor, positions: Tensor | None, start: int) -> CodedSegment:
         """Hold k, v [B, H, n, D]; ``positions`` int32 [B, H, n], or None when they are start, start + 1, …"""
         keys = Side(self.keys, self.key_flush, self.first_keys, self.first_flush)
         values = Side(self.values, self.value_flush, self.first_values, self.first_flush)
@@ -81,6 +81,14 @@ class CodedSegment(UniformSegment):
         self._note_positions(start, k.shape[2])
         self.key_side.append(k)
         self.value_side.append(v)
+
+    def join(self, k: Tensor, v: Tensor, at: Tensor) -> None:
+        """Add entries k, v [B, H, T, D] that stand at ``at`` int32 [B, H, T], and code what is due."""
+        assert self.at is not None
+        self.at.append(at)
+        self.key_side.append(k)
+        self.value_side.append(v)
+        self.settle()
 
     def settle(self) -> None:
         """Code what is due to leave the residuals."""
@@ -132,9 +140,13 @@ class CodedSegment(UniformSegment):
             self.key_side.drop(cut)
             self.value_side.drop(cut)
 
+    @property
+    def takeable(self) -> bool:
+        """Whether every entry is coded, on its own, at a position that is held."""
+        return self.at is not None and self.key_side.takeable and self.value_side.takeable
+
     def take(self, index: Tensor) -> CodedSegment:
-        """The entries ``index`` [B, H, m] alone: a copy. Every entry must be coded, on its own, at known positions."""
-        assert self.at is not None
+        """The entries ``index`` [B, H, m] alone: a copy. The segment must be :attr:`takeable`."""
         rest = CodedSegment(self.batch, self.heads, self.key_side.take(index), self.value_side.take(index))
         rest.at = Growable.of(self.positions().gather(2, index))
         return rest

@@ -119,7 +119,7 @@ class InputSegment(UniformSegment):
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         raise WorkbenchError(NO_INPUT)
 
-    def append_input(self, x: Tensor, start: int) -> None:
+    def append_inputs(self, x: Tensor, start: int) -> None:
         """Inputs [B, T, d] of the tokens at positions start, start + 1, … join."""
         self._note_positions(start, x.shape[1])
         self.residual.append(self.form.rows(x))

@@ -10,14 +10,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from workbench.cache.growable import MIN_SPARE
 from workbench.cache.inputs import NO_INPUT
-from workbench.cache.segments import Query, Segment, entry_mask
+from workbench.cache.segments import Query, Segment, UniformSegment, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
-from workbench.models.projections import output_weight
+from workbench.models.projections import key_weight, output_weight
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
@@ -98,12 +98,14 @@ class LayerView:
         """How this layer makes keys and values of its input; a strategy's ``check`` asks for it beforehand."""
         return self._owner.cache.geometry.rebuilds[self.layer]
 
-    @property
-    def hidden(self) -> Tensor:
-        """The layer's input [B, Tq, hidden] for the chunk just attended, of a strategy that ``needs`` "hidden"."""
-        if self._owner.hidden is None:
+    def inputs(self) -> Tensor:
+        """[B, Tq, hidden]: the attention module's input, after its norm, for the chunk just attended.
+
+        Of a strategy whose ``needs_inputs`` is True.
+        """
+        if self._owner.inputs is None:
             raise WorkbenchError(NO_INPUT)
-        return self._owner.hidden
+        return self._owner.inputs
 
     @property
     def window(self) -> int | None:
@@ -131,6 +133,20 @@ class LayerView:
         """[Hq, D, hidden]: what the model multiplies each query head's output by. RecipeError where it has no such."""
         assert self._owner.module is not None
         return output_weight(self._owner.module, self.chunk.shape[1])
+
+    def hidden(self) -> Tensor:
+        """[B, Tq, hidden]: what entered the layer with the chunk just attended, before any norm. Only in ``on_chunk``."""
+        assert self._owner.hidden is not None
+        return self._owner.hidden
+
+    @property
+    def head_dim(self) -> int:
+        return self.chunk.shape[-1]
+
+    def key_weight(self) -> Tensor:
+        """[H, D, hidden]: the rows of the model's key projection. RecipeError where it has no such."""
+        assert self._owner.module is not None
+        return key_weight(self._owner.module, self.chunk.shape[1], self.kv_heads, self.head_dim)
 
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
@@ -185,6 +201,39 @@ class LayerView:
         """Hold this layer's entries by ``codec`` from now on."""
         self._owner.store.recode(codec)
 
+    @property
+    def codec(self) -> Codec | None:
+        """How entries of this layer are held, once a strategy said so."""
+        return self._owner.store.codec
+
+    def go_on_with(self, codec: Codec) -> None:
+        """Leave what is held as it is; what another strategy makes anew from now on is held by ``codec``."""
+        self._owner.store.codec = codec
+
+    def pieces(self) -> Iterator[tuple[UniformSegment, Query]]:
+        """The layer's segment with the queries that asked, or every row's where rows hold different numbers."""
+        return self._owner.store.pieces(self._query)
+
+    def chunk_sums(self, rows: Tensor | None = None) -> Tensor:
+        """:meth:`chunk_attention_sums` over some of the chunk's queries, numbered by ``rows``: float32 [B, Hq, n]."""
+        if rows is None:
+            return self.chunk_attention_sums()
+        q, at = self._query, self.positions()
+        asked = q.start + rows.to(at.device)
+
+        def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
+            here, when = at[:, :, None, n0:n1], asked[q0:q1, None]
+            hidden = here > when
+            if q.window is not None:
+                hidden |= here <= when - q.window
+            additive = torch.zeros(hidden.shape, device=at.device).masked_fill_(hidden, float("-inf"))
+            return additive.repeat_interleave(q.q.shape[1] // at.shape[1], 1)
+
+        chosen = self.chunk[:, :, rows]
+        return attention_sums(
+            chosen, self.keys(), self.scale, causal=False, mask=mask, softcap=q.softcap, sinks=q.sinks
+        )
+
 
 class WorkbenchLayer(CacheLayerMixin):
     """A transformers cache layer backed by a :class:`Store`.
@@ -203,7 +252,8 @@ class WorkbenchLayer(CacheLayerMixin):
         self.store: Store = Store(1, 1)
         self.seen = 0
         self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
-        self.hidden: Tensor | None = None  # the layer's input of the chunk under way, if a strategy needs it
+        self.hidden: Tensor | None = None  # what entered the layer, while the prompt is read and a strategy asks for it
+        self.inputs: Tensor | None = None  # of the attention module, for the chunk under way, if a strategy asks for it
         self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -230,10 +280,10 @@ class WorkbenchLayer(CacheLayerMixin):
             self.cache.note_prompt(key_states.shape[2])
             if self.seen == 0:
                 self.store.reserve(key_states, self._room(key_states.shape[2]))
-            if self.hidden is None:
-                self.store.append(key_states, value_states, self.seen)
+            if self.store.takes_inputs and self.inputs is not None:
+                self.store.append_inputs(self.inputs, self.seen)
             else:
-                self.store.append(key_states, value_states, self.seen, self.hidden)
+                self.store.append(key_states, value_states, self.seen)
             self.seen += key_states.shape[2]
         self._waiting = True
         key_states._workbench_layer = self  # type: ignore[attr-defined]
@@ -287,7 +337,7 @@ class WorkbenchLayer(CacheLayerMixin):
             probe.on_attention(self, query, out)
         if not cache.replaying:
             self._act(query)
-        self.hidden = None
+        self.inputs = None
         return out
 
     def view(self, part: int, query: Query) -> LayerView:
@@ -303,6 +353,7 @@ class WorkbenchLayer(CacheLayerMixin):
             cache.note_chunk(self)
             for number, part in enumerate(parts):
                 part.on_chunk(self.view(number, query))
+            self.hidden = None
         if query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP):
             self.store.drop_before(self.seen - query.window)
         if ends_prompt:

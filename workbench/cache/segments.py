@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ from workbench_kernels import attend, merge_partials
 from workbench_kernels.attention import MaskFn
 
 Partial = tuple[Tensor, Tensor]
+
+
+class Positions(Protocol):
+    """Explicit positions int32 [B, H, n]: a :class:`Growable`, or something that needs fewer bytes."""
+
+    def read(self, start: int, stop: int) -> Tensor: ...
+    def append(self, x: Tensor) -> None: ...
+    def after(self, start: int) -> Positions: ...
+    def nbytes(self) -> int: ...
+    def reserved_bytes(self) -> int: ...
+    def clone(self) -> Positions: ...
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class UniformSegment(Segment):
 
     def __init__(self, batch: int, heads: int, start: int = 0) -> None:
         self.batch, self.heads, self.start = batch, heads, start
-        self.at: Growable | None = None  # explicit positions [B, H, n]
+        self.at: Positions | None = None  # explicit positions [B, H, n]
 
     @property
     @abstractmethod

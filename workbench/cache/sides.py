@@ -190,6 +190,11 @@ class Side:
         if count:
             self.runs[0] = self.runs[0].after(count)
 
+    @property
+    def takeable(self) -> bool:
+        """Whether every entry is coded, each on its own and in one run."""
+        return not self.residual.length and len(self.runs) == 1 and self.runs[0].open and self.scheme.unit == 1
+
     def take(self, index: Tensor) -> Side:
         """The coded entries ``index`` [B, H, m] alone, nothing in the residual: a copy."""
         rest = Side(self.scheme, self.flush, self.first, self.first_flush)

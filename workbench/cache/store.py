@@ -17,7 +17,7 @@ from workbench.errors import WorkbenchError
 from workbench_kernels import merge_partials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -71,13 +71,19 @@ class Store:
         if isinstance(last, DenseSegment):
             last.reserve(like, rows)
 
-    def append(self, k: Tensor, v: Tensor, start: int, hidden: Tensor | None = None) -> None:
-        """Add entries k, v [B, H, T, D] at positions start, …; ``hidden`` [B, T, d] is what they were made of, where asked for."""
+    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+        self.segments[-1].append(k, v, start)
+
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether new entries are held as what their keys and values are made of."""
+        return isinstance(self.segments[-1], InputSegment)
+
+    def append_inputs(self, x: Tensor, start: int) -> None:
+        """Add the entries that are made of the layer's inputs x [B, T, d] at positions start, start + 1, …"""
         last = self.segments[-1]
-        if isinstance(last, InputSegment) and hidden is not None:
-            last.append_input(hidden, start)
-        else:
-            last.append(k, v, start)
+        assert isinstance(last, InputSegment)
+        last.append_inputs(x, start)
 
     def rest_on(self, below: Store) -> None:
         """The layer before holds its entries in ``below``."""
@@ -218,6 +224,19 @@ class Store:
             return DenseSegment.of(k, v, at)
         codec = self.codec if row is None else self.codec.row(*divmod(row, self.heads))
         return codec.encode(k, v, at, 0)
+
+    def pieces(self, query: Query) -> Iterator[tuple[UniformSegment, Query]]:
+        """The segments that hold all rows alike, each with the query; or one for each row, with that row's part of it."""
+        group = query.q.shape[1] // self.heads
+        for segment in self.segments:
+            if isinstance(segment, RaggedSegment):
+                for row, part in enumerate(segment.rows):
+                    b, h = divmod(row, self.heads)
+                    assert isinstance(part, UniformSegment)
+                    yield part, query.narrow(b, h * group, (h + 1) * group)
+            else:
+                assert isinstance(segment, UniformSegment)
+                yield segment, query
 
     def drop_before(self, position: int) -> None:
         """Free entries before ``position``, which a sliding window has passed."""

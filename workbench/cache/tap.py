@@ -45,4 +45,4 @@ class InputTap:
             return
         for given in (*kwargs.values(), *args):
             if isinstance(given, Cache) and given in self._caches:
-                given.layers[self._layer_of[module]].hidden = input_of(args, kwargs)
+                given.layers[self._layer_of[module]].inputs = input_of(args, kwargs)

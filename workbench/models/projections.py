@@ -85,3 +85,18 @@ def output_weight(attention: nn.Module, heads: int) -> Tensor:
         f"This method weighs values by the model's output projection, and {type(attention).__name__} has none that can "
         f"be read ({', '.join(NAMES)} in full precision); snapkv, adakv and cake do without."
     )
+
+
+def key_weight(attention: nn.Module, heads: int, kv_heads: int, dim: int) -> Tensor:
+    """The rows of the key projection: [H, D, hidden], a view of the module's own weight where its rows lie together.
+
+    Raises:
+        RecipeError: the module has no key projection of a kind known here.
+    """
+    weights = key_value_weights(attention, heads, kv_heads, dim)
+    if weights is not None and weights[0][0].shape[0] == kv_heads * dim:
+        return weights[0][0].unflatten(0, (kv_heads, dim))
+    raise RecipeError(
+        f"This method orders channels by the model's key projection, and {type(attention).__name__} has none that can be "
+        "read in full precision; use bfp(sort=False), or kivi."
+    )

@@ -165,8 +165,9 @@ class Strategy(Declared):
         ragged: True when heads may keep different numbers of entries.
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
             recipe then act after that.
+        needs_hidden: True when it looks at the hidden states that enter each layer while the prompt is read.
+        needs_inputs: True when it holds the inputs of the attention modules instead of keys and values.
         alone: True when no other method may drop tokens in the same recipe.
-        needs: what must be brought to it besides queries, keys and values: "hidden", the layers' inputs.
         closing: True when it holds entries in a form that no other method can take over, so it comes last.
     """
 
@@ -175,7 +176,6 @@ class Strategy(Declared):
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     closing: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def alone(self) -> bool:
@@ -183,6 +183,14 @@ class Strategy(Declared):
 
     @property
     def needs_prompt(self) -> bool:
+        return False
+
+    @property
+    def needs_hidden(self) -> bool:
+        return False
+
+    @property
+    def needs_inputs(self) -> bool:
         return False
 
     @property

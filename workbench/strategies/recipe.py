@@ -46,9 +46,14 @@ class Recipe:
         return any(part.needs_prompt for part in self.parts)
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What must be brought to the strategies besides queries, keys and values."""
-        return frozenset().union(*(part.needs for part in self.parts))
+    def needs_hidden(self) -> bool:
+        """Whether a strategy looks at the hidden states that enter the layers."""
+        return any(part.needs_hidden for part in self.parts)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a strategy holds the inputs of the attention modules."""
+        return any(part.needs_inputs for part in self.parts)
 
     def chunks(self, length: int, most: int) -> list[tuple[int, int]]:
         """A prompt in pieces [start, stop) of at most ``most`` tokens, cut also where a strategy acts within it."""

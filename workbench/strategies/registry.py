@@ -28,9 +28,14 @@ from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
 from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
+from workbench.strategies.quantization.bfp import BFP
+from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
+from workbench.strategies.quantization.mikv import MiKV
+from workbench.strategies.quantization.rotatekv import RotateKV
 from workbench.strategies.quantization.rtn import RTN
 from workbench.strategies.quantization.xquant import XQuant, XQuantCL
+from workbench.strategies.quantization.zipcache import ZipCache
 
 GROUP = "kv_workbench.strategies"
 OURS: list[type[Strategy]] = [
@@ -56,6 +61,11 @@ OURS: list[type[Strategy]] = [
     ThinK,
     RTN,
     KIVI,
+    GEAR,
+    ZipCache,
+    MiKV,
+    BFP,
+    RotateKV,
     XQuant,
     XQuantCL,
 ]
@@ -110,7 +120,7 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "parameters": parameters,
         "needs": [
             *(["queries"] if default.query_window else []),
-            *sorted(default.needs),
+            *(["inputs"] if default.needs_inputs else []),
             *(k.made_by("MODEL") for k in default.artifacts),
         ],
     }

@@ -82,3 +82,27 @@ class Float8(Scheme):
         numbers = parts["codes"].contiguous().view(FP8).float() * parts["scale"].float()[..., None]
         dense = numbers.transpose(-1, -2).flatten(2, 3) if self.per_channel else numbers.flatten(-2)
         return dense.to(dtype)
+
+
+class Balanced(PerToken):
+    """Per token, each channel multiplied by a number of its own before and divided by it after (MiKV's balancer).
+
+    Args:
+        balancer: float32 [B, H, D], positive.
+    """
+
+    def __init__(self, bits: int, group: int, balancer: Tensor) -> None:
+        super().__init__(bits, group)
+        self.balancer = balancer
+
+    def encode(self, x: Tensor, at: Tensor | None) -> Parts:
+        return super().encode(x.float() * self.balancer[:, :, None], at)
+
+    def decode(self, parts: Parts, span: tuple[int, int], dtype: torch.dtype, at: Tensor | None) -> Tensor:
+        return super().decode(parts, span, torch.float32, at).div_(self.balancer[:, :, None]).to(dtype)
+
+    def shared(self) -> list[tuple[str, Tensor]]:
+        return [("scales", self.balancer)]
+
+    def row(self, b: int, h: int) -> Scheme:
+        return Balanced(self.bits, self.group, self.balancer[b : b + 1, h : h + 1])

@@ -66,7 +66,6 @@ class InputQuantization(Quantization):
 
     paper = "arXiv 2508.10395"
     closing = True
-    needs = frozenset({"hidden"})
 
     bits: Any = param.Selector(default=4, objects=BITS, doc="bits per number; 16: as the model gives them")
     group_size: Any = param.Selector(
@@ -80,6 +79,10 @@ class InputQuantization(Quantization):
     def needs_prompt(self) -> bool:
         return True
 
+    @property
+    def needs_inputs(self) -> bool:
+        return True
+
     def form(self, view: LayerView) -> Form:
         """What is held of the layer's input."""
         raise NotImplementedError
@@ -89,7 +92,7 @@ class InputQuantization(Quantization):
         return InputSegment(view.batch, view.kv_heads, self.form(view), self.residual_length)
 
     def on_chunk(self, view: LayerView) -> None:
-        view.state[f"{view.seen:09}"] = self.form(view).rows(view.hidden).clone()
+        view.state[f"{view.seen:09}"] = self.form(view).rows(view.inputs()).clone()
         oldest = int(view.positions()[0, 0, 0]) if view.length else view.seen
         for last in [name for name in view.state if int(name) <= oldest]:  # a sliding window has passed these
             del view.state[last]
