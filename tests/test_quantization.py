@@ -198,10 +198,10 @@ def test_numbers_that_no_code_holds_are_refused_in_one_sentence(
 
     append = Store.append
 
-    def spoiled(self: Store, k: Tensor, v: Tensor, start: int) -> None:
+    def spoiled(self: Store, k: Tensor, v: Tensor, start: int, at: Tensor | None) -> None:
         k, v = k.clone(), v.clone()
         (k if side == "k_proj" else v)[..., 3, 5] = bad
-        append(self, k, v, start)
+        append(self, k, v, start, at)
 
     monkeypatch.setattr(Store, "append", spoiled)
     if key == "bfp" and (side == "v_proj" or bad == 1e38):

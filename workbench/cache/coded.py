@@ -77,8 +77,8 @@ class CodedSegment(UniformSegment):
         self.key_side.load(k, at if self.key_side.positional else None)
         self.value_side.load(v, at if self.value_side.positional else None)
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        self._note_positions(start, k.shape[2])
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        self._note_positions(start, k.shape[2], at)
         self.key_side.append(k)
         self.value_side.append(v)
 

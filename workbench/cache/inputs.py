@@ -116,20 +116,15 @@ class InputSegment(UniformSegment):
             self._code(rows[:, :, :cut])
         self.residual.append(rows[:, :, cut:])
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
         raise WorkbenchError(NO_INPUT)
 
     def append_inputs(self, x: Tensor, start: int) -> None:
         """Inputs [B, T, d] of the tokens at positions start, start + 1, … join."""
-        self._note_positions(start, x.shape[1])
-        self.residual.append(self.form.rows(x))
-
-    def _note_positions(self, start: int, count: int) -> None:
-        if self.at is None:
-            super()._note_positions(start, count)
-        else:  # one position for all heads
-            steps = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
+        if self.at is not None:  # one position for all heads
+            steps = torch.arange(start, start + x.shape[1], dtype=torch.int32, device=self.device)
             self.at.append(steps.expand(self.batch, 1, -1))
+        self.residual.append(self.form.rows(x))
 
     def positions_of(self, row: int) -> Tensor:
         return self.positions()[row // self.heads if self.at is not None else 0, 0]

@@ -39,8 +39,8 @@ class TieredSegment(UniformSegment):
     def device(self) -> torch.device:
         return self.tiers[0].device
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        self.tiers[-1].append(k, v, start)
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        self.tiers[-1].append(k, v, start, at)
 
     def settle(self) -> None:
         for tier in self.tiers:
