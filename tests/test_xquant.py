@@ -264,6 +264,19 @@ def test_bytes_of_differences_count_every_layers_once() -> None:
     assert twin.memory().factor_bytes == cache.memory().factor_bytes
 
 
+def test_the_accumulator_changes_no_number_and_is_counted_once() -> None:
+    recipe = "xquant_cl(bits=2, group_size=16, base_layer=0, residual_length=16, accumulator={})"
+    (ours, cache), (plain, without) = (run(narrow(), recipe.format(held), later=40) for held in (True, False))
+    assert torch.equal(ours, plain)
+    kinds = cache.memory().by_kind
+    assert (
+        kinds.pop("accumulator") == 128 * 64 * 4 and kinds == without.memory().by_kind
+    )  # 130 tokens, of which 128 coded
+    twin, reference = cache.clone(), without.clone()
+    feed(narrow(), cache, prompt(20, seed=3), 1)
+    assert torch.equal(feed(narrow(), twin, prompt(20, seed=4), 1), feed(narrow(), reference, prompt(20, seed=4), 1))
+
+
 def test_a_weight_that_had_to_be_copied_is_counted() -> None:
     _, cache = run(build("gpt-neox"), "xquant(group_size=64, residual_length=64)", later=1)
     assert cache.memory().factor_bytes == 3 * 2 * 64 * 64 * 4  # GPT-NeoX interleaves its rows head by head

@@ -80,17 +80,40 @@ class JointLatent(WholeInput):
         return [*super().factors(), self.rebuild.joint]
 
 
+class RunningSum:
+    """The inputs that the layer which read last gave back, in blocks: where the next layer's sum starts from."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[int, Tensor]] = {}  # first entry -> layers above the base, rows [B, 1, n, d]
+
+    def of(self, depth: int, start: int, stop: int) -> Tensor | None:
+        held, rows = self.blocks.get(start, (-1, None))
+        return rows if rows is not None and held == depth and rows.shape[2] == stop - start else None
+
+    def note(self, depth: int, start: int, rows: Tensor) -> None:
+        if start % BLOCK == 0:  # what is read when a few entries are coded need not be held
+            self.blocks[start] = depth, rows
+
+    def nbytes(self) -> int:
+        return sum(rows.numel() * rows.element_size() for _, rows in self.blocks.values())
+
+
 class InputSegment(UniformSegment):
     """Entries as rows of a layer's input: codes, and behind them the newest rows in full precision.
 
     Args:
         form: what is held of the input.
         every: rows that leave full precision together.
+        running: to be held for layers above that are coded as differences.
     """
 
-    def __init__(self, batch: int, heads: int, form: Form, every: int, start: int = 0) -> None:
+    depth = 0  # layers between this one and the one that differences are added to
+
+    def __init__(
+        self, batch: int, heads: int, form: Form, every: int, start: int = 0, running: RunningSum | None = None
+    ) -> None:
         super().__init__(batch, heads, start)
-        self.form, self.every = form, every
+        self.form, self.every, self.running = form, every, running
         self.runs = [Run(scheme) for scheme in form.schemes]
         self.residual = Residual(every)
 
@@ -196,6 +219,8 @@ class InputSegment(UniformSegment):
                 held[kind] = held.get(kind, 0) + part.nbytes()
         if self.at is not None:
             held["positions"] = self.at.nbytes()
+        if self.running is not None and self.depth == 0:  # all layers': counted once
+            held["accumulator"] = self.running.nbytes()
         return held
 
     def reserved_bytes(self) -> int:
@@ -204,7 +229,8 @@ class InputSegment(UniformSegment):
         return self.residual.reserved_bytes() + sum(part.reserved_bytes() for part in growing)
 
     def clone(self) -> InputSegment:
-        return self._cloned_into(InputSegment(self.batch, self.heads, self.form, self.every, self.start))
+        running = None if self.running is None else RunningSum()
+        return self._cloned_into(InputSegment(self.batch, self.heads, self.form, self.every, self.start, running))
 
     def _cloned_into(self, twin: InputSegment) -> InputSegment:
         twin.runs, twin.residual = [run.clone() for run in self.runs], self.residual.clone()
@@ -227,7 +253,7 @@ class DeltaSegment(InputSegment):
 
     def __init__(self, batch: int, heads: int, form: Form, every: int, below: InputSegment, start: int = 0) -> None:
         super().__init__(batch, heads, form, every, start)
-        self.below = below
+        self.rest_on(below)
 
     def _code(self, rows: Tensor) -> None:
         for part in rows.split(BLOCK, 2):
@@ -238,11 +264,15 @@ class DeltaSegment(InputSegment):
         delta = super()._decoded(start, stop, dtype)
         if isinstance(self.form, JointLatent):
             delta = delta @ self.form.rebuild.joint
-        return self.below.rows(start, stop) + delta
+        under = None if self.running is None else self.running.of(self.depth - 1, start, stop)
+        rows = (self.below.rows(start, stop) if under is None else under) + delta
+        if self.running is not None:
+            self.running.note(self.depth, start, rows)
+        return rows
 
     def rest_on(self, below: Segment) -> None:
         assert isinstance(below, InputSegment)
-        self.below = below
+        self.below, self.running, self.depth = below, below.running, below.depth + 1
 
     def clone(self) -> DeltaSegment:
         twin = DeltaSegment(self.batch, self.heads, self.form, self.every, self.below, self.start)

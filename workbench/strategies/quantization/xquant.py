@@ -11,7 +11,7 @@ import param
 import torch
 from torch import Tensor
 
-from workbench.cache.inputs import DeltaSegment, Form, InputSegment, JointLatent, LatentPair, WholeInput
+from workbench.cache.inputs import DeltaSegment, Form, InputSegment, JointLatent, LatentPair, RunningSum, WholeInput
 from workbench.cache.schemes.base import Scheme, Verbatim
 from workbench.cache.schemes.rtn import PerChannel, PerToken
 from workbench.cache.segments import take
@@ -166,7 +166,8 @@ class XQuant(InputQuantization):
 class XQuantCL(InputQuantization):
     """Up to `base_layer` every layer holds its own input in `base_bits`; each later one what its input differs by from
     that which the layer below gives back, in `bits`, along the left singular vectors of its projections where these are
-    fewer numbers. What a layer attends to is the sum over the layers from the base up, made a block at a time."""
+    fewer numbers. What a layer attends to is the sum over the layers from the base up, made a block at a time; without an
+    `accumulator` a step takes time with the square of the number of layers."""
 
     key = "xquant_cl"
     title = "XQuant-CL"
@@ -175,6 +176,9 @@ class XQuantCL(InputQuantization):
     bits: Any = param.Selector(default=2, objects=BITS, doc="bits per number of the differences; 16: as they are")
     base_bits: Any = param.Selector(default=4, objects=BITS, doc="bits per number up to the base layer")
     base_layer = param.Integer(2, bounds=(0, 512), doc="the layer, counted from 0, whose input the later ones refer to")
+    accumulator = param.Boolean(
+        False, doc="hold the running sum between layers, hidden_size numbers a token once, instead of adding up anew"
+    )
     residual_length = param.Integer(32, bounds=(1, 4096), doc="tokens that are quantized together when so many are new")
 
     @property
@@ -211,7 +215,9 @@ class XQuantCL(InputQuantization):
 
     def segment(self, view: LayerView) -> InputSegment:
         if view.layer <= self.base_layer:
-            return super().segment(view)
+            segment = super().segment(view)
+            segment.running = RunningSum() if self.accumulator and view.layer == self.base_layer else None
+            return segment
         below = view.below
         assert isinstance(below, InputSegment)
         return DeltaSegment(view.batch, view.kv_heads, self.form(view), self.residual_length, below)
