@@ -224,9 +224,9 @@ class InputSegment(UniformSegment):
         return held
 
     def reserved_bytes(self) -> int:
-        growing = [part for run in self.runs for part in run.growing.values()]
-        growing += [] if self.at is None else [self.at]
-        return self.residual.reserved_bytes() + sum(part.reserved_bytes() for part in growing)
+        positions = 0 if self.at is None else self.at.reserved_bytes()
+        coded = sum(part.reserved_bytes() for run in self.runs for part in run.growing.values())
+        return self.residual.reserved_bytes() + coded + positions
 
     def clone(self) -> InputSegment:
         running = None if self.running is None else RunningSum()
