@@ -82,9 +82,7 @@ def main(capability: int) -> None:
         for bits, per, ragged in ((2, "channel", False), (4, "token", True), (8, "channel", True)):
             _packed(dtype, bits, per, ragged)
         x = torch.zeros(1, 2, 64, 128, dtype=dtype)
-        keys, values = (
-            workbench_kernels.Sparse(*workbench_kernels.compress(x, of_keys), 128, of_keys) for of_keys in (True, False)
-        )
+        keys, values = (workbench_kernels.compress(x, of_keys) for of_keys in (True, False))
         workbench_kernels.sparse_attention(torch.zeros(1, 8, 1, 128, dtype=dtype), keys, values, 1.0, kernel=True)
 
 

@@ -48,6 +48,11 @@ class Packed(NamedTuple):
         """D, the numbers of an entry."""
         return self.codes.shape[3] * (1 if self.per == "channel" else self.group_size)
 
+    def first(self, entries: int) -> Packed:
+        """The first entries alone, whole groups of them: views."""
+        rows = entries // (self.group_size if self.per == "channel" else 1)
+        return Packed(self.codes[:, :, :rows], self.scale[:, :, :rows], self.low[:, :, :rows], self.bits, self.per)
+
     def dense(self, stop: int | None = None) -> Tensor:
         """float32 [B, H, N, D]: for tests and small runs."""
         numbers = unpack(self.codes, self.bits).float() * self.scale.float()[..., None] + self.low.float()[..., None]

@@ -3,17 +3,18 @@
 A *tile* is 64 consecutive entries of one channel (keys) or 64 consecutive channels of one entry (values; where heads are
 smaller than 64, of the entries that fill it; where they are no multiple of 64, the rest of the last tile is empty). 64
 entries are a *block*: its key tiles lie channel by channel; its value tiles entry by entry, for each run of 64 channels.
-Blocks that were compressed together are a *batch*; batches follow each other, so appending never moves what is held.
 
-Axes: U batches, B batch of prompts, H KV heads, W blocks of 64 entries in a batch, D head_dim, P tiles of a block.
+Axes: B batch, H KV heads, W blocks of 64 entries, P tiles of a block, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workbench_kernels.attention import attention_reference
@@ -21,15 +22,15 @@ from workbench_kernels.triton_if_used import runs
 
 TILE = 64
 PAD = 8  # a tile's numbers are padded with zeros to a multiple of this: 16-byte loads of half-precision numbers
-BLOCK_TILES = 1 << 13  # decoded at a time on a CPU
+BLOCK_TILES = 1 << 12  # decoded at a time on a CPU
 
 
 class Sparse(NamedTuple):
-    """Keys or values of N = U * W * 64 entries, of which only the non-zero numbers are held.
+    """Keys or values of N = W * 64 entries, of which only the non-zero numbers are held.
 
     Attributes:
-        bitmaps: int64 [U, B, H, W, P]; number 0 of a tile is the most significant bit.
-        offsets: int32 [U, B, H, W, P]: where a tile's numbers begin, in pairs of numbers.
+        bitmaps: int64 [B, H, W, P]; number 0 of a tile is the most significant bit.
+        offsets: int32 [B, H, W, P]: where a tile's numbers begin, in pairs of numbers.
         numbers: [n] in the model's dtype, tile after tile, each padded with zeros to a multiple of 8.
         width: D.
         of_keys: how tiles are cut.
@@ -43,24 +44,42 @@ class Sparse(NamedTuple):
 
     @property
     def entries(self) -> int:
-        return self.bitmaps.shape[0] * self.bitmaps.shape[3] * TILE
+        return self.bitmaps.shape[2] * TILE
 
-    def dense(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Entries of the batches [first, last): [B, H, n, D]."""
-        tiles = self.tiles(first, self.bitmaps.shape[0] if last is None else last)
-        return _from_tiles(tiles, self.width, self.of_keys)
+    def dense(self) -> Tensor:
+        """All entries: [B, H, N, D]."""
+        return from_tiles(self.tiles(), self.width, self.of_keys)
 
-    def tiles(self, first: int, last: int) -> Tensor:
-        """The batches [first, last) decoded as they lie: [u, B, H, W, P, 64]."""
-        bits = bits_of(self.bitmaps[first:last])
-        wide = torch.zeros(*bits.shape[:-1], TILE + PAD, dtype=self.numbers.dtype, device=bits.device)
-        # Behind each tile stand the zeros that pad it, so that one pass takes numbers and padding alike.
-        wide.masked_scatter_(torch.cat((bits, _padding(bits.sum(-1))), -1), self.numbers[self._start(first) :])
-        return wide[..., :TILE]
+    def tiles(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The blocks [first, last) decoded as they lie: [B, H, w, P, 64]."""
+        return decode(self.bitmaps[:, :, first:last], self.offsets[:, :, first:last], self.numbers)
 
-    def _start(self, batch: int) -> int:
-        """Where the numbers of a batch begin; a batch is contiguous."""
-        return 2 * int(self.offsets[batch].flatten()[0]) if 0 < batch < self.offsets.shape[0] else 0
+
+def decode(bitmaps: Tensor, offsets: Tensor, numbers: Tensor) -> Tensor:
+    """Tiles [..., 64] of any ``bitmaps`` and ``offsets`` [...], of which ``numbers`` are all.
+
+    A byte of a bitmap at a time: a table says which of its 8 numbers are held, and which in order each of them is.
+    """
+    if numbers.numel() == 0:
+        return numbers.new_zeros(*bitmaps.shape, TILE)
+    octets = _octets(bitmaps).int().flatten()
+    counts, ranks, bits = _tables(bitmaps.device)
+    held = counts.index_select(0, octets).view(*bitmaps.shape, 8)
+    before = held.cumsum(-1, dtype=torch.int32) - held + 2 * offsets[..., None]
+    before.clamp_(max=numbers.numel() - 1)  # where nothing follows, there is nothing to point at
+    index = ranks.index_select(0, octets).view(*bitmaps.shape, 8, 8) + before[..., None]
+    tiles = numbers.index_select(0, index.flatten()).view(*bitmaps.shape, TILE)
+    return tiles.mul_(bits.index_select(0, octets).view(torch.uint8).view(tiles.shape).to(tiles.dtype))
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For every byte, most significant bit first: how many bits are set, int32 [256]; how many before each that is set,
+    int32 [256, 8]; and the bits, as 8 bytes of 0 and 1 in an int64 [256]."""
+    octets = torch.arange(256, dtype=torch.int32, device=device)
+    bits = (octets[:, None] >> torch.arange(7, -1, -1, device=device)) & 1
+    ranks = ((bits.cumsum(-1) - 1) * bits).to(torch.int32)
+    return bits.sum(-1, dtype=torch.int32), ranks, bits.to(torch.uint8).view(torch.int64).flatten()
 
 
 def tiles_of(width: int, of_keys: bool) -> int:
@@ -68,39 +87,39 @@ def tiles_of(width: int, of_keys: bool) -> int:
     return width if of_keys else _padded(width)
 
 
-def compress(x: Tensor, of_keys: bool, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Make one batch of pruned keys or values x [B, H, n, D], n a multiple of 64.
-
-    Args:
-        start: numbers held already, before which these do not begin.
-
-    Returns:
-        bitmaps int64 and offsets int32, both [1, B, H, n / 64, P], and numbers [m]; see :class:`Sparse`.
-    """
+def compress(x: Tensor, of_keys: bool) -> Sparse:
+    """Hold pruned keys or values x [B, H, n, D], n a multiple of 64."""
     if x.shape[2] % TILE:
         raise ValueError(f"compress takes a multiple of {TILE} entries, got {x.shape[2]}")
-    tiles = _to_tiles(x, of_keys)[None]
+    tiles = _to_tiles(x, of_keys)
     held = tiles != 0
     counts = held.sum(-1)
     padded = -(-counts // PAD) * PAD
     ends = padded.flatten().cumsum(0)
-    offsets = ((ends - padded.flatten() + start) // 2).to(torch.int32).view(counts.shape)
-    wide = torch.cat((tiles, tiles.new_zeros(*counts.shape, PAD)), -1)
-    return bitmaps_of(held), offsets, wide[torch.cat((held, _padding(counts)), -1)]
+    offsets = ((ends - padded.flatten()) // 2).to(torch.int32).view(counts.shape)
+    # Behind each tile stand the zeros that pad it, so that one pass takes numbers and padding alike; row by row, as that
+    # is a copy.
+    rows = zip(tiles.flatten(0, 1), torch.cat((held, _padding(counts)), -1).flatten(0, 1), strict=True)
+    numbers = torch.cat([F.pad(tile, (0, PAD))[mask] for tile, mask in rows])
+    return Sparse(bitmaps_of(held), offsets, numbers, x.shape[-1], of_keys)
 
 
 def bitmaps_of(held: Tensor) -> Tensor:
     """bool [..., 64] -> int64 [...], number 0 at the most significant bit."""
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=held.device)
     octets = (held.unflatten(-1, (8, 8)) * weights).sum(-1, dtype=torch.uint8)
-    return octets.flip(-1).view(torch.int64)[..., 0]  # an int64's bytes lie lowest first
+    return octets.flip(-1).view(torch.int64)[..., 0]
 
 
 def bits_of(bitmaps: Tensor) -> Tensor:
     """int64 [...] -> bool [..., 64]; the inverse of :func:`bitmaps_of`."""
-    octets = bitmaps.contiguous()[..., None].view(torch.uint8).flip(-1)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bitmaps.device)
-    return ((octets[..., None] & weights) != 0).flatten(-2)
+    bits = _tables(bitmaps.device)[2].index_select(0, _octets(bitmaps).int().flatten())
+    return bits.view(torch.uint8).view(torch.bool).view(*bitmaps.shape, TILE)
+
+
+def _octets(bitmaps: Tensor) -> Tensor:
+    """uint8 [..., 8]: a bitmap's bytes, those of its first numbers first (an int64's bytes lie lowest first)."""
+    return bitmaps.contiguous()[..., None].view(torch.uint8).flip(-1)
 
 
 def _padding(counts: Tensor) -> Tensor:
@@ -117,20 +136,19 @@ def _to_tiles(x: Tensor, of_keys: bool) -> Tensor:
     """[B, H, n, D] -> [B, H, W, P, 64]."""
     if of_keys:
         return x.unflatten(2, (-1, TILE)).transpose(-1, -2)
-    x = torch.nn.functional.pad(x, (0, _padded(x.shape[-1]) - x.shape[-1]))
+    x = F.pad(x, (0, _padded(x.shape[-1]) - x.shape[-1]))
     if x.shape[-1] < TILE:
         return x.unflatten(2, (-1, TILE)).flatten(-2).unflatten(-1, (-1, TILE))
     return x.unflatten(2, (-1, TILE)).unflatten(-1, (-1, TILE)).transpose(-2, -3).flatten(3, 4)
 
 
-def _from_tiles(tiles: Tensor, width: int, of_keys: bool) -> Tensor:
-    """[u, B, H, W, P, 64] -> [B, H, n, D]."""
-    tiles = tiles.movedim(0, 2)  # [B, H, u, W, P, 64]
+def from_tiles(tiles: Tensor, width: int, of_keys: bool) -> Tensor:
+    """[B, H, W, P, 64] -> [B, H, n, D]."""
     if of_keys:
-        return tiles.transpose(-1, -2).flatten(2, 4)
+        return tiles.transpose(-1, -2).flatten(2, 3)
     if width < TILE:
-        return tiles.flatten(-2).unflatten(-1, (TILE, width)).flatten(2, 4)
-    return tiles.unflatten(-2, (-1, TILE)).transpose(-2, -3).flatten(-2).flatten(2, 4)[..., :width]
+        return tiles.flatten(-2).unflatten(-1, (TILE, width)).flatten(2, 3)
+    return tiles.unflatten(-2, (-1, TILE)).transpose(-2, -3).flatten(-2).flatten(2, 3)[..., :width]
 
 
 def sparse_attention_reference(q: Tensor, keys: Sparse, values: Sparse, scale: float) -> tuple[Tensor, Tensor]:
@@ -148,7 +166,7 @@ def sparse_attention(
 
     Args:
         q: [B, Hq, Tq, D], Hq a multiple of H; query head h reads KV head h // (Hq / H).
-        keys, values: the same N entries, in the same batches.
+        keys, values: the same N entries.
         splits: parts of the entries that run side by side on a GPU; None fills the device.
 
     Returns:
@@ -157,8 +175,8 @@ def sparse_attention(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    batches, batch, heads, blocks, _ = keys.bitmaps.shape
-    if not keys.of_keys or values.of_keys or keys.bitmaps.shape[:4] != values.bitmaps.shape[:4]:
+    batch, heads, blocks, _ = keys.bitmaps.shape
+    if not keys.of_keys or values.of_keys or keys.bitmaps.shape[:3] != values.bitmaps.shape[:3]:
         raise ValueError(
             f"keys {tuple(keys.bitmaps.shape)} and values {tuple(values.bitmaps.shape)} do not hold the same entries"
         )
@@ -171,19 +189,14 @@ def sparse_attention(
 
         return launch(q, keys, values, scale, splits)
     asked = q.float().reshape(batch, heads, -1, keys.width) * scale  # [B, H, R, D]
-    step = max(1, BLOCK_TILES // (batch * heads * blocks * max(keys.bitmaps.shape[4], values.bitmaps.shape[4])))
-    cuts = [(a, min(batches, a + step)) for a in range(0, batches, step)]
-    logits = torch.cat(
-        [
-            (asked[:, :, None] @ keys.tiles(a, b).movedim(0, 2).flatten(2, 3).float()).transpose(2, 3).flatten(-2)
-            for a, b in cuts
-        ],
-        -1,
-    )  # [B, H, R, N]
+    step = max(1, BLOCK_TILES // (batch * heads * values.bitmaps.shape[3]))
+    cuts = [(a, min(blocks, a + step)) for a in range(0, blocks, step)]
+    found = [asked[:, :, None] @ keys.tiles(a, b).float() for a, b in cuts]  # [B, H, w, R, 64]
+    logits = torch.cat(found, 2).transpose(2, 3).flatten(-2)  # [B, H, R, N]
     lse = logits.logsumexp(-1)
     weights = logits.sub_(lse[..., None]).exp_()
     out = torch.zeros_like(asked)
     for a, b in cuts:
-        part = weights[..., a * blocks * TILE : b * blocks * TILE]
-        out += part @ values.dense(a, b).float()
+        dense = from_tiles(values.tiles(a, b), values.width, of_keys=False)
+        out += weights[..., a * TILE : b * TILE] @ dense.float()
     return out.view(q.shape).to(q.dtype), lse.view(q.shape[:3])

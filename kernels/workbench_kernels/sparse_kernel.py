@@ -31,12 +31,12 @@ def _tiles(bitmaps, offsets, numbers, at, here, dtype: tl.constexpr):
 @triton.jit
 def _attend_kernel(
     q, k_bitmaps, k_offsets, k_numbers, v_bitmaps, v_offsets, v_numbers, out, lse,
-    ROWS, R, BLOCKS, CHUNK, scale,
-    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, V_TILES: tl.constexpr, VP: tl.constexpr,
+    R, BLOCKS, CHUNK, scale,
+    D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, V_TILES: tl.constexpr, VP: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ROWS = B * H, splits); CHUNK and BLOCKS count blocks of 64 entries. q [ROWS, R, D] dense; out float32
-    [ROWS, splits, R, D] and lse [ROWS, splits, R]."""
+    """Grid (B * H, splits); CHUNK and BLOCKS count blocks of 64 entries. q [B * H, R, D] dense; out float32
+    [B * H, splits, R, D] and lse [B * H, splits, R]."""
     row = tl.program_id(0).to(tl.int64)  # int64 before any stride
     split = tl.program_id(1)
     r, d = tl.arange(0, RP), tl.arange(0, DP)
@@ -52,7 +52,7 @@ def _attend_kernel(
     mass = tl.zeros([RP], tl.float32)
     total = tl.zeros([RP, VP], tl.float32)
     for block in range(split * CHUNK, tl.minimum(split * CHUNK + CHUNK, BLOCKS)):
-        first = ((block // W) * ROWS + row) * W + block % W  # of this row's blocks, over all batches
+        first = row * BLOCKS + block
         keys = _tiles(k_bitmaps, k_offsets, k_numbers, first * D + d, d < D, dtype)  # [DP, 64]
         logits = tl.dot(query.to(dtype), keys, input_precision="ieee")
         raised = tl.maximum(highest, tl.max(logits, 1))
@@ -71,17 +71,16 @@ def _attend_kernel(
 
 def launch(q: Tensor, keys: Sparse, values: Sparse, scale: float, splits: int | None) -> tuple[Tensor, Tensor]:
     """Arguments as in :func:`workbench_kernels.sparse.sparse_attention`, already checked."""
-    batches, batch, heads, blocks, _ = keys.bitmaps.shape
+    batch, heads, blocks, tiles = *keys.bitmaps.shape[:3], values.bitmaps.shape[3]
     rows, queries, width = batch * heads, q.shape[1] // heads * q.shape[2], q.shape[3]
     chunk, splits = plan(rows, keys.entries, 64, splits, q.device)
     parts = torch.empty(rows, splits, queries, width, dtype=torch.float32, device=q.device)
     lses = torch.empty(rows, splits, queries, dtype=torch.float32, device=q.device)
-    tiles = values.bitmaps.shape[4]
     _attend_kernel[(rows, splits)](
         q.reshape(rows, queries, width).contiguous(),
         *(x.contiguous() for side in (keys, values) for x in side[:3]),
-        parts, lses, rows, queries, batches * blocks, chunk // 64, scale,
-        D=width, DP=max(16, triton.next_power_of_2(width)), RP=max(16, triton.next_power_of_2(queries)), W=blocks,
+        parts, lses, queries, blocks, chunk // 64, scale,
+        D=width, DP=max(16, triton.next_power_of_2(width)), RP=max(16, triton.next_power_of_2(queries)),
         V_TILES=tiles, VP=triton.next_power_of_2(tiles),
         dtype={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32),
         num_warps=4, num_stages=2,

@@ -38,7 +38,7 @@ def measure_peaks(
     from workbench.bench.speed import LENGTHS, PLAIN, RECIPES
     from workbench.bench.subjects import subjects
 
-    if not _can_count():
+    if not can_count():
         return []
     names = [PLAIN, *dict.fromkeys(["full", *(recipes or RECIPES)])]
     out = []
@@ -81,14 +81,15 @@ def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
     one.cache = None
     gc.collect()
     CLEAR.write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     one.prefill(ids)
     one.decode(following)
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     return {"added": peak - before, "total": peak}
 
 
-def _can_count() -> bool:
+def can_count() -> bool:
+    """Whether the kernel counts peaks and lets them start anew."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -96,7 +97,8 @@ def _can_count() -> bool:
     return STATUS.exists()
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """A figure of this process in bytes, as Linux names it (VmRSS, VmHWM)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workbench.cache.fused import attend_held
 from workbench.cache.growable import Growable
 from workbench.cache.schemes.base import Scheme
 from workbench.cache.segments import Partial, Query, UniformSegment, entry_mask
@@ -113,12 +114,15 @@ class CodedSegment(UniformSegment):
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
         if self.key_side.coded == self.value_side.coded == 0 and self._banded(query):
             return self._attend_run(self.keys(), self.values(), query, need_lse)
+        masked = query.window is not None or query.padding is not None
+        parts: list[Partial] = []
+        done = 0
+        if query.q.shape[2] == 1 and not masked:  # more queries are worth decoding for
+            parts, done = attend_held(query, self.key_side, self.value_side)
         # The queries' own entries were appended last and must all be in the final block.
         last = self.length - (query.q.shape[2] if query.own else 0)
-        edges = [*range(0, max(last, 1), BLOCK), self.length]
-        masked = query.window is not None or query.padding is not None
+        edges = [*range(done, max(last, done + 1), BLOCK), self.length] if done < self.length else []
         positions = self.positions() if masked else None
-        parts: list[Partial] = []
         for a, b in zip(edges, edges[1:], strict=False):
             mask = None if positions is None else entry_mask(query, positions[:, :, a:b])
             own = query.own and b == self.length

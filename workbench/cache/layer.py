@@ -241,7 +241,7 @@ class LayerView:
         if rows is None:
             return self.chunk_attention_sums()
         q, at = self._query, self.positions()
-        asked = q.start + rows.to(at.device)
+        asked = q.asked()[rows]
 
         def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
             here, when = at[:, :, None, n0:n1], asked[q0:q1, None]

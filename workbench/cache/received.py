@@ -20,7 +20,7 @@ def received_by(segment: UniformSegment, tier: UniformSegment, query: Query) -> 
     if query.sinks is not None:
         lse = torch.logaddexp(lse, query.sinks.float().view(1, -1, 1))
     at = tier.positions()[:, :, None]  # [B, H, 1, n]
-    asked = torch.arange(query.start, query.stop, device=at.device)[:, None]
+    asked = query.asked()[:, None]
     visible = at <= asked
     if query.window is not None:
         visible = visible & (at > asked - query.window)

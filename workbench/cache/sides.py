@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.cache.growable import MIN_SPARE, Growable, Residual
 from workbench.cache.schemes.base import Parts, Scheme
 from workbench.cache.segments import take
+from workbench_kernels import Packed, Sparse
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Run:
             b, h = row
             dense = dense[b : b + 1, h : h + 1]
         return dense[:, :, start - first * unit : stop - first * unit]
+
+    def held(self) -> Packed | Sparse | None:
+        """All entries as the kernels read them, without a copy; None where no kernel does."""
+        return self.scheme.held({name: part.read(0, part.length) for name, part in self.growing.items()} | self.whole)
 
     def after(self, count: int) -> Run:
         """The entries after the ``count`` oldest, a multiple of the scheme's unit: a copy."""

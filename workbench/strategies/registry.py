@@ -33,6 +33,7 @@ from workbench.strategies.quantization.bfp import BFP
 from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
 from workbench.strategies.quantization.mikv import MiKV
+from workbench.strategies.quantization.mustafar import Mustafar
 from workbench.strategies.quantization.rotatekv import RotateKV
 from workbench.strategies.quantization.rtn import RTN
 from workbench.strategies.quantization.xquant import XQuant, XQuantCL
@@ -68,6 +69,7 @@ OURS: list[type[Strategy]] = [
     MiKV,
     BFP,
     RotateKV,
+    Mustafar,
     XQuant,
     XQuantCL,
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench_kernels import Packed, Sparse
 
 Parts = dict[str, Tensor]
 
@@ -50,6 +51,10 @@ class Scheme(ABC):
 
         The span begins and ends at multiples of ``unit``.
         """
+
+    def held(self, parts: Parts) -> Packed | Sparse | None:
+        """All entries of a run as the kernels read them, or None where there is no kernel for this scheme."""
+        return None
 
     def shared(self) -> list[tuple[str, Tensor]]:
         """(kind, tensor) that the scheme itself holds, for all runs."""

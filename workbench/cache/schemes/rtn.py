@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.cache.affine import codes_of, dequantize, quantize
 from workbench.cache.schemes.base import Parts, Scheme, require_finite
-from workbench_kernels import pack, unpack_float
+from workbench_kernels import Packed, pack, unpack_float
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -34,6 +34,9 @@ class PerChannel(Scheme):
         dense = dequantize(parts["codes"], parts["scale"], parts["low"], self.bits, dtype)
         return dense.transpose(-1, -2).flatten(2, 3)
 
+    def held(self, parts: Parts) -> Packed:
+        return Packed(parts["codes"], parts["scale"], parts["low"], self.bits, "channel")
+
 
 class PerToken(Scheme):
     """Groups of ``group`` consecutive channels of one entry, packed along channels.
@@ -51,6 +54,12 @@ class PerToken(Scheme):
     def decode(self, parts: Parts, span: tuple[int, int], dtype: torch.dtype, at: Tensor | None) -> Tensor:
         dense = unpack_float(parts["codes"], self.bits).unflatten(-1, (-1, self.group))
         return dense.mul_(parts["scale"].float()[..., None]).add_(parts["low"].float()[..., None]).flatten(-2).to(dtype)
+
+    def held(self, parts: Parts) -> Packed | None:
+        if self.group * self.bits % 32 or self.group & (self.group - 1):
+            return None
+        words = parts["codes"].unflatten(-1, (-1, self.group * self.bits // 32))
+        return Packed(words, parts["scale"], parts["low"], self.bits, "token")
 
 
 class Float8(Scheme):
@@ -100,6 +109,9 @@ class Balanced(PerToken):
 
     def decode(self, parts: Parts, span: tuple[int, int], dtype: torch.dtype, at: Tensor | None) -> Tensor:
         return super().decode(parts, span, torch.float32, at).div_(self.balancer[:, :, None]).to(dtype)
+
+    def held(self, parts: Parts) -> None:
+        return None  # its channels are still to be divided
 
     def shared(self) -> list[tuple[str, Tensor]]:
         return [("scales", self.balancer)]

@@ -58,7 +58,9 @@ class RotateKV(Quantization):
 
     bits: Any = param.Selector(default=2, objects=[2, 4, 8], doc="bits per number")
     group_size: Any = param.Selector(
-        default=128, objects=GROUPS, doc="channels that share a scale (all of a token's, where it has fewer)"
+        default=32,
+        objects=GROUPS,
+        doc="channels that share a scale (the paper's models: 128; at most all of a token's)",
     )
     heads: Any = param.Selector(
         default=4, objects=SPANS, doc="heads rotated together (fewer, where these do not divide)"
@@ -118,9 +120,8 @@ def divisor(heads: int, wanted: int) -> int:
 def note_pivots(view: LayerView, count: int) -> None:
     """Keep the ``count`` largest magnitudes of the hidden states read so far, and whose tokens they are: state [B, count]."""
     hidden = view.hidden().abs()
-    first, width = view.seen - hidden.shape[1], hidden.shape[2]
     largest, flat = hidden.flatten(1).topk(min(count, hidden[0].numel()))
-    tokens = flat // width + first
+    tokens = view.asked()[flat // hidden.shape[2]]
     if "tokens" in view.state:
         largest, tokens = (
             torch.cat([view.state["largest"], largest], 1),

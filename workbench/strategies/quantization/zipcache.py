@@ -66,16 +66,17 @@ class ZipCache(Quantization):
         self.need_whole_words(min(self.bits, self.low_bits), geometry)
 
     def on_chunk(self, view: LayerView) -> None:
-        first = view.seen - view.chunk.shape[2]
-        probes = probe_positions(view.prompt_length, self.probes, self.seed)
-        rows = probes[(probes >= first) & (probes < view.seen)] - first
-        note_received(view, rows.to(view.chunk.device))
+        asked = view.asked()
+        probes = probe_positions(view.prompt_length, self.probes, self.seed).to(asked.device)
+        rows = torch.searchsorted(asked, probes).clamp(max=len(asked) - 1)
+        rows = rows[asked[rows] == probes]
+        note_received(view, rows)
+        view.state["voted"] = torch.cat([view.state.get("voted", rows[:0]), asked[rows]])
 
     def after_prefill(self, view: LayerView) -> None:
         received = view.state.pop("received")
-        asked = torch.arange(view.prompt_length)
-        if self.divisor == "probes":
-            asked = probe_positions(view.prompt_length, self.probes, self.seed)
+        voted = view.state.pop("voted")
+        asked = voted if self.divisor == "probes" else torch.arange(view.prompt_length, device=voted.device)
         view.recode(self.codec(view, normalised(received, asked, view.window)))
 
     def codec(self, view: LayerView | None = None, scores: Tensor | None = None) -> MixedCodec:
@@ -167,7 +168,7 @@ def probe_positions(length: int, share: float, seed: int) -> Tensor:
 
 def normalised(received: Tensor, asked: Tensor, window: int | None = None) -> Tensor:
     """``received`` [B, H, T] by position, over how many of the queries ``asked`` [P] see each position."""
-    at = torch.arange(received.shape[-1])[:, None]
+    at = torch.arange(received.shape[-1], device=asked.device)[:, None]
     sees = asked >= at
     if window is not None:
         sees &= asked - window < at
