@@ -17,6 +17,7 @@ from workbench.cache.cache import WorkbenchCache
 from workbench.cache.inputs import LatentPair, WholeInput
 from workbench.models.geometry import Geometry
 from workbench.models.load import Model
+from workbench.strategies.eviction.tova import TOVA
 from workbench.strategies.recipe import Recipe
 
 
@@ -157,6 +158,15 @@ def test_after_an_eviction_that_heads_share_the_same_tokens_are_rebuilt(before: 
         assert held[-20:] == list(range(LENGTH, LENGTH + 20)) and set(theirs.store.positions(1).tolist()) <= set(held)
     coded = run(model, f"{before} | {LOSSY[0]}")[1].memory()
     assert coded.used_bytes < 0.75 * full[1].memory().used_bytes or name == "gemma2"
+
+
+def test_differences_add_up_after_an_eviction_that_all_layers_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = "streaming_llm(budget=0.5, recompress_every=0)"
+    exact, full = run(narrow(), f"{before} | {EXACT[3]}"), run(narrow(), before)
+    torch.testing.assert_close(exact[0], full[0], atol=1e-5, rtol=0)
+    monkeypatch.setattr(TOVA, "keeps_alike", "layers")  # an eviction that says so and does otherwise
+    with pytest.raises(wb.WorkbenchError, match="layers kept different tokens"):
+        run(narrow(), f"tova(budget=40, recompress_every=0) | {EXACT[3]}")
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------

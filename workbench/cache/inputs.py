@@ -255,6 +255,15 @@ class DeltaSegment(InputSegment):
         super().__init__(batch, heads, form, every, start)
         self.rest_on(below)
 
+    def load(self, rows: Tensor, positions: Tensor | None) -> None:
+        held = self.below.positions()
+        if held.shape[2] != rows.shape[2] or (positions is not None and not bool((held == positions).all())):
+            raise WorkbenchError(
+                "The layers kept different tokens, which cannot be added up; use xquant, or an eviction that keeps the same "
+                "tokens in every layer."
+            )
+        super().load(rows, positions)
+
     def _code(self, rows: Tensor) -> None:
         for part in rows.split(BLOCK, 2):
             delta = part - self.below.rows(self.coded, self.coded + part.shape[2])
