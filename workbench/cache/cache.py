@@ -31,6 +31,14 @@ class AttentionProbe(Protocol):
         ...
 
 
+class ScoreProbe(Protocol):
+    """Observes by what strategies choose the entries they keep of the prompt."""
+
+    def on_scores(self, layer: int, part: int, scores: Tensor, positions: Tensor) -> None:
+        """Called before part number ``part`` of the recipe drops entries: scores and positions are [B, H, n]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Memory:
     """What a cache really holds, in bytes. Every tensor is counted once, metadata included."""
@@ -86,6 +94,7 @@ class WorkbenchCache(Cache):
         self.recipe, self.geometry, self.prompt_length = recipe, geometry, prompt_length
         self.probes: list[AttentionProbe] = list(probes)
         self.artifacts = artifacts
+        self.score_probe: ScoreProbe | None = None
         self.replaying = False
         self.drive: Drive | None = None  # while the layers are run one by one
         self.peak_bytes = 0

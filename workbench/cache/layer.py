@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from workbench.cache.growable import MIN_SPARE
 from workbench.cache.inputs import NO_INPUT
-from workbench.cache.segments import Query, Segment, UniformSegment, entry_mask
+from workbench.cache.segments import Query, Segment, UniformSegment, causal_mask, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
 from workbench.models.projections import key_weight, output_weight
@@ -180,13 +181,27 @@ class LayerView:
             weights = weights * share.view(*weights.shape[:-1], 1)
         return weights
 
-    def chunk_attention_sums(self) -> Tensor:
-        """Attention each entry received from the chunk's queries, summed over them: float32 [B, Hq, n]."""
-        q = self._query
+    def chunk_attention_sums(self, rows: Tensor | None = None) -> Tensor:
+        """Attention each entry received from the chunk's queries, summed over them: float32 [B, Hq, n].
+
+        Args:
+            rows: numbers of the queries in the chunk that count, each as often as it comes; None for all.
+        """
+        q, causal = self._query, self._query.own
         mask = None if q.window is None else entry_mask(q, self.positions())
-        return attention_sums(
-            self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
-        )
+        if rows is not None:
+            q, causal = replace(q, q=q.q[:, :, rows], at=q.asked()[rows]), False
+            mask = causal_mask(q, self.positions())
+        return attention_sums(q.q, self.keys(), q.scale, causal=causal, mask=mask, softcap=q.softcap, sinks=q.sinks)
+
+    def note_scores(self, scores: Tensor) -> None:
+        """Tell whoever inspects the run by what the entries held now are about to be chosen: [B, H, n], larger means keep.
+
+        A later note of the same layer takes the place of an earlier one, entry by entry.
+        """
+        probe = self._owner.cache.score_probe
+        if probe is not None:
+            probe.on_scores(self.layer, self._part, scores, self.positions())
 
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
@@ -235,26 +250,6 @@ class LayerView:
     def pieces(self) -> Iterator[tuple[UniformSegment, Query]]:
         """The layer's segment with the queries that asked, or every row's where rows hold different numbers."""
         return self._owner.store.pieces(self._query)
-
-    def chunk_sums(self, rows: Tensor | None = None) -> Tensor:
-        """:meth:`chunk_attention_sums` over some of the chunk's queries, numbered by ``rows``: float32 [B, Hq, n]."""
-        if rows is None:
-            return self.chunk_attention_sums()
-        q, at = self._query, self.positions()
-        asked = q.asked()[rows]
-
-        def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
-            here, when = at[:, :, None, n0:n1], asked[q0:q1, None]
-            hidden = here > when
-            if q.window is not None:
-                hidden |= here <= when - q.window
-            additive = torch.zeros(hidden.shape, device=at.device).masked_fill_(hidden, float("-inf"))
-            return additive.repeat_interleave(q.q.shape[1] // at.shape[1], 1)
-
-        chosen = self.chunk[:, :, rows]
-        return attention_sums(
-            chosen, self.keys(), self.scale, causal=False, mask=mask, softcap=q.softcap, sinks=q.sinks
-        )
 
 
 class WorkbenchLayer(CacheLayerMixin):

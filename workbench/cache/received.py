@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.cache.segments import Query, UniformSegment
+from workbench.cache.segments import Query, UniformSegment, seen_by
 from workbench_kernels import attention_received
 
 
@@ -19,10 +19,6 @@ def received_by(segment: UniformSegment, tier: UniformSegment, query: Query) -> 
     _, lse = segment.attend(query)
     if query.sinks is not None:
         lse = torch.logaddexp(lse, query.sinks.float().view(1, -1, 1))
-    at = tier.positions()[:, :, None]  # [B, H, 1, n]
-    asked = query.asked()[:, None]
-    visible = at <= asked
-    if query.window is not None:
-        visible = visible & (at > asked - query.window)
+    visible = seen_by(query, tier.positions())
     received = attention_received(query.q, tier.keys(), lse, query.scale, visible=visible, softcap=query.softcap)
     return received.unflatten(1, (tier.heads, -1)).sum(2)

@@ -107,6 +107,25 @@ def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
     return mask
 
 
+def seen_by(query: Query, positions: Tensor) -> Tensor:
+    """Which entries at ``positions`` [B, H, n] each query sees, by causality and window: bool [B, H, Tq, n]."""
+    asked, at = query.asked()[:, None], positions[:, :, None]
+    visible = at <= asked
+    return visible if query.window is None else visible & (at > asked - query.window)
+
+
+def causal_mask(query: Query, positions: Tensor) -> MaskFn:
+    """Additive mask by :func:`seen_by`, for queries and entries in any order."""
+    group = query.q.shape[1] // positions.shape[1] if positions.shape[1] > 1 else 1
+
+    def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
+        hidden = ~seen_by(query, positions[:, :, n0:n1])[:, :, q0:q1]
+        additive = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        return additive.repeat_interleave(group, 1)
+
+    return mask
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Entries ``index`` [B, H, m] of keys or values x [B, H, n, D]: a copy [B, H, m, D]."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))

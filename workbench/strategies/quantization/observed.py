@@ -19,7 +19,7 @@ def note_received(view: LayerView, rows: Tensor | None = None) -> None:
 
     It is kept by position, float32 [B, H, T], whatever becomes of the entries; summed over queries and the group.
     """
-    sums = view.chunk_sums(rows).unflatten(1, (view.kv_heads, -1)).sum(2)  # [B, H, n]
+    sums = view.chunk_attention_sums(rows).unflatten(1, (view.kv_heads, -1)).sum(2)  # [B, H, n]
     before = view.state.get("received")
     received = sums.new_zeros(*sums.shape[:2], view.seen)
     if before is not None:

@@ -164,11 +164,12 @@ class RotatedCodec:
         order = sink.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
         chosen, others = order[..., :count].sort(-1).values, order[..., count:].sort(-1).values
         rest = self.pair.encode(take(k, others), take(v, others), at.gather(2, others), start)
+        places = at.gather(2, chosen)
         if positions is None and bool((chosen == chosen[:, :1]).all()):
-            rest.start, rest.at = start, Gaps(start, n - count, at.gather(2, chosen)[:, 0], heads)
+            rest.start, rest.at = start, Gaps(start, n - count, places[:, 0], heads)
         if not count:
             return rest
-        return TieredSegment([DenseSegment.of(take(k, chosen), take(v, chosen), at.gather(2, chosen)), rest])
+        return TieredSegment([DenseSegment.of(take(k, chosen), take(v, chosen), places), rest])
 
     def row(self, b: int, h: int) -> RotatedCodec:
         sinks = None if self.sinks is None else self.sinks[b : b + 1]
