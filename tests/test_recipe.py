@@ -38,6 +38,8 @@ def values_of(cls: type[Strategy]) -> st.SearchStrategy[dict[str, Any]]:
             st.sampled_from([16, 32, 64] if cls.key == "gear" else [16, 32, 64, 128]),
             st.sampled_from([128, 256]),
         )
+    if cls.key == "mustafar":
+        choices["flush_length"] = st.sampled_from([64, 128, 256])
     return st.fixed_dictionaries({}, optional=choices)
 
 
