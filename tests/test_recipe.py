@@ -143,8 +143,8 @@ def test_monsters_are_recipes_or_recipe_errors(text: str) -> None:
         ("snapkv(", "cannot be read"),
         ("full full", "cannot be read"),
         ("snapkw(budget=0.5)", "Did you mean snapkv?"),
-        ("kivy", "Did you mean kivi?"),
-        ("nothing_like_it", "Known: adakv, cake, chunkkv, compresskv, critical, defensivekv, expected_attention"),
+        ("kivy", "Did you mean kivi or mikv?"),
+        ("nothing_like_it", "Known: adakv, bfp, cake, chunkkv, compresskv, critical, defensivekv, expected_attention"),
         ("snapkv(budgt=0.5)", "Did you mean budget?"),
         ("snapkv(0.5)", "name its parameters, like snapkv(budget=0.25)"),
         ("full(0.5)", "full"),
@@ -285,7 +285,7 @@ def test_parts_never_change() -> None:
 
 def test_strategies_describes_every_one_for_a_form() -> None:
     described = {entry["name"]: entry for entry in strategies()}
-    assert set(described) == set(registry()) and described["kivi"]["parameters"]["bits"]["choices"] == [2, 4, 8]
+    assert set(described) == set(registry()) and described["kivi"]["parameters"]["bits"]["choices"] == [2, 4, 8, 16]
     assert described["headkv"]["needs"] == ["queries", "kvw calibrate headkv MODEL"]
     for entry in described.values():
         assert entry["title"] and entry["summary"].endswith(".") and entry["family"]
