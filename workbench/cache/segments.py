@@ -181,6 +181,13 @@ class Segment(ABC):
     def clone(self) -> Segment:
         """A segment that shares this one's storage and can be appended to on its own."""
 
+    def rest_on(self, below: Segment) -> None:
+        """Where entries are held as differences to those of the layer before: the segment that holds these."""
+
+    def factors(self) -> list[Tensor]:
+        """Matrices made of the model's weights that reading takes besides them; they belong to the model, not to a cache."""
+        return []
+
     def settle(self) -> None:
         """Called after the layer attended: a codec may now pack what has left its residual window."""
 
