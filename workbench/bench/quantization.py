@@ -73,7 +73,8 @@ def measure_quantization(
     Returns:
         ``full``: {right, bytes_per_token, float16_bytes_per_token}. ``settings``: recipe -> the same, ``series``, and
         ``kl``: nats, mean of the documents' means; ``kl_by_document``; ``top1``: mean share of tokens; ``lost``,
-        ``won``: documents that only the full cache, or only the setting, answers. ``left_out``: recipe -> why.
+        ``won``: documents that only the full cache, or only the setting, answers; ``factor_bytes``: held besides, once per
+        model. ``left_out``: recipe -> why.
         Bytes are means over the documents, in float16 those of the first document. ``skipped`` instead of all this where
         there is no house model.
     """
@@ -89,6 +90,7 @@ def measure_quantization(
     }
     ready, left_out = runnable(model, list(series))
     names = ["full", *ready]
+    factor_bytes: dict[str, int] = {}
     found: dict[str, dict[str, list[float]]] = {
         name: {"kl": [], "top1": [], "right": [], "bytes": []} for name in names
     }
@@ -99,6 +101,7 @@ def measure_quantization(
         for name, lane in zip(names, answered(model, document, names, "query-aware"), strict=True):
             assert lane.kl_mean is not None and lane.top1_agreement is not None
             of_lane = found[name]
+            factor_bytes[name] = lane.memory.factor_bytes
             of_lane["kl"].append(lane.kl_mean)
             of_lane["top1"].append(lane.top1_agreement)
             of_lane["right"].append(document.is_answered_by(lane.text))
@@ -118,7 +121,9 @@ def measure_quantization(
         "tokens": tokens,
         "samples": samples,
         "full": {key: full[key] for key in ("right", "bytes_per_token", "float16_bytes_per_token")},
-        "settings": {name: {"series": series[name], **of} for name, of in settings.items()},
+        "settings": {
+            name: {"series": series[name], **of, "factor_bytes": factor_bytes[name]} for name, of in settings.items()
+        },
         "left_out": left_out,
     }
 

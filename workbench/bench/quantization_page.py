@@ -48,6 +48,10 @@ def settings_part(found: dict[str, Any]) -> str:
             f"| {nats(of['kl'])} | {nats(statistics.median(of['kl_by_document']))} | {100 * of['top1']:.1f} % "
             f"| {share(of['right'], samples)} | {of['lost']} / {of['won']} |"
         ]
+    factors = {of["series"]: of["factor_bytes"] for of in settings.values() if of["factor_bytes"]}
+    if factors:
+        besides = ", ".join(f"{size / 1024:,.0f} KiB for {series}" for series, size in factors.items())
+        lines += ["", f"Held besides, once per model and not per token, and not counted above: {besides}."]
     return "\n".join([*lines, *(["", *found["left_out"].values()] if found["left_out"] else [])])
 
 
