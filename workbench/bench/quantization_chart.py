@@ -35,6 +35,7 @@ BYTE_TICKS = (256, 384, 512, 768, 1024, 1536, 2048, 3072)
 def chart(found: dict[str, Any]) -> str:
     """An SVG document of the result of :func:`workbench.bench.quantization.measure_quantization`."""
     settings, samples = found["settings"], found["samples"]
+    full = right_y(found["full"]["right"] / samples)
     width, height = LEFT + 2 * WIDTH + GAP + LEGEND, TOP + HEIGHT + 54
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
@@ -48,7 +49,7 @@ def chart(found: dict[str, Any]) -> str:
         *curves({name: kl_y(of["kl"]) for name, of in settings.items()}, settings),
         f'</g><g transform="translate({LEFT + WIDTH + GAP},{TOP})">',
         *axes("exact answers", [(right_y(part), f"{100 * part:.0f}%") for part in (0, 0.25, 0.5, 0.75, 1)]),
-        f'<line class="full" x1="0" x2="{WIDTH}" y1="{(y := right_y(found["full"]["right"] / samples))}" y2="{y}"/>',
+        f'<line class="full" x1="0" x2="{WIDTH}" y1="{full}" y2="{full}"/>',
         *curves({name: right_y(of["right"] / samples) for name, of in settings.items()}, settings),
         f'</g><g transform="translate({LEFT + 2 * WIDTH + GAP + 24},{TOP + 6})">',
         *legend({of["series"] for of in settings.values()}),
@@ -78,14 +79,14 @@ def stairs(points: list[tuple[float, float]]) -> list[str]:
 
 
 def curves(heights: dict[str, float], settings: dict[str, Any]) -> list[str]:
+    """A mark for every setting; a line through those of a method that its others do not beat."""
     drawn = []
     for series in SETTINGS:
-        names = [name for name in heights if settings[name]["series"] == series]
-        places = sorted((x(settings[name]["bytes_per_token"]), heights[name], name) for name in names)
-        if places:
-            line = " ".join(f"{a},{b}" for a, b, _ in places)
-            drawn += [f'<polyline class="curve" stroke="{colour(series)}" points="{line}"/>']
-        drawn += [mark(series, a, b, name) for a, b, name in places]
+        own = {name: of for name, of in settings.items() if of["series"] == series}
+        places = {name: (x(of["bytes_per_token"]), heights[name]) for name, of in own.items()}
+        line = " ".join(f"{a},{b}" for a, b in (places[name] for name in front(own)))
+        drawn += [f'<polyline class="curve" stroke="{colour(series)}" points="{line}"/>'] if own else []
+        drawn += [mark(series, a, b, name) for name, (a, b) in places.items()]
     return drawn
 
 
