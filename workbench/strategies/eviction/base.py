@@ -209,11 +209,14 @@ class Eviction(Strategy):
 
     def after_prefill(self, view: LayerView) -> None:
         self.allocator_part.after_prefill(self, view)
+        if not self.spans_layers:
+            self.forget(view)
 
     def after_prompt(self, views: Sequence[LayerView]) -> None:
         self.allocator_part.after_prompt(self, views)
-        for view in views:
-            self.forget(view)
+        if self.spans_layers:
+            for view in views:
+                self.forget(view)
 
     def forget(self, view: LayerView) -> None:
         """Let go of what was noted while the prompt was read, unless it is needed while generating."""
