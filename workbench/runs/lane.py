@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from workbench.cache.cache import Memory
+    from workbench.inspection.scores import ScoreLog
     from workbench.inspection.why import Why
     from workbench.models.load import Model
     from workbench.runs.reference import ReferenceRun
@@ -28,15 +31,25 @@ class LaneMemory:
     by_layer: list[int] = field(default_factory=list)
     by_kind: dict[str, int] = field(default_factory=dict)
     by_head: list[list[int]] = field(default_factory=list)
+    factor_bytes: int = 0  # matrices made of the model's weights, once per model; not in the others
 
     def take(self, memory: Memory) -> None:
         """The state right after the prompt."""
         self.used_bytes, self.reserved_bytes = memory.used_bytes, memory.reserved_bytes
         self.by_layer, self.by_kind, self.by_head = memory.by_layer, memory.by_kind, memory.by_head
         self.final_bytes, self.peak_bytes = memory.used_bytes, memory.peak_bytes
+        self.factor_bytes = memory.factor_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("used_bytes", "final_bytes", "reserved_bytes", "reference_bytes", "ratio", "peak_bytes")
+        names = (
+            "used_bytes",
+            "final_bytes",
+            "reserved_bytes",
+            "reference_bytes",
+            "ratio",
+            "peak_bytes",
+            "factor_bytes",
+        )
         return {name: getattr(self, name) for name in (*names, "by_layer", "by_kind")}
 
 
@@ -133,9 +146,15 @@ class Comparison:
     """Lanes of one prompt, in order; the one at ``reference`` is what the others are compared with."""
 
     def __init__(
-        self, model: Model, prompt: list[int], lanes: list[Lane], reference: int, trace: ReferenceRun | None
+        self,
+        model: Model,
+        prompt: list[int],
+        lanes: list[Lane],
+        reference: int,
+        trace: ReferenceRun | None,
+        chunk: int = 2048,
     ) -> None:
-        self.model, self.prompt, self.lanes, self.reference = model, prompt, lanes, reference
+        self.model, self.prompt, self.lanes, self.reference, self.chunk = model, prompt, lanes, reference, chunk
         self._trace = trace
 
     def __getitem__(self, lane: int) -> Lane:
@@ -158,6 +177,32 @@ class Comparison:
         if at is None or self._trace is None:
             return None
         return explain(self._trace, self.lanes[lane], at)
+
+    def scores(self, lane: int) -> ScoreLog:
+        """By what a lane's strategy chose what it kept of the prompt: the prompt is compressed once more, and listened to."""
+        from workbench.runs.replay import finish, scored
+
+        return finish(scored(self.model, self.prompt, self.lanes[lane].resolved, self.chunk))[0]
+
+    def retained(self, lane: int, answer: int = 0) -> Tensor:
+        """What share of the reference's attention, at each of its steps, fell on entries the lane held then.
+
+        Returns:
+            float32 [steps, layers, query heads], 0 to 1; step t led to the reference's token t.
+
+        Raises:
+            WorkbenchError: the reference did not finish.
+        """
+        from workbench.runs.replay import finish, retained
+
+        if self._trace is None or answer >= len(self._trace.answers):
+            raise WorkbenchError(
+                "The reference lane did not finish, so there is no attention to compare with; run it again."
+            )
+        question = self.lanes[self.reference].answers[answer].question
+        ids = self.model.encode(question, continues=True) if question is not None else []
+        steps = retained(self.model, self._trace, self.prompt, [self.lanes[lane]], ids, answer, self.chunk)
+        return finish(steps)[0]
 
     def as_dict(self, kept: bool = True) -> dict[str, Any]:
         g = self.model.geometry

@@ -87,7 +87,9 @@ class Allocator(Declared):
         """After the prompt's last chunk attended in a layer."""
         count = self.count(method, view)
         if count < view.length:
-            method.keep(view, method.selector_part.pick(method.score(view), count))
+            scores = method.score(view)
+            view.note_scores(scores)
+            method.keep(view, method.selector_part.pick(scores, count))
 
     def after_prompt(self, method: Eviction, views: Sequence[LayerView]) -> None:
         """After the last layer."""
@@ -166,6 +168,19 @@ class Eviction(Strategy):
     @property
     def spans_layers(self) -> bool:
         return self.allocator_part.spans_layers
+
+    @property
+    def scores_alike(self) -> str:
+        """Who is sure to have the same scores, in the words of :attr:`keeps_alike`."""
+        return ""
+
+    @property
+    def keeps_alike(self) -> str:
+        if self.ragged:
+            return ""
+        if self.scores_alike == "layers" and self.allocator:
+            return "heads"
+        return self.scores_alike or ("heads" if self.selector_part.key == "chunks" else "")
 
     @property
     def score_window(self) -> int:
