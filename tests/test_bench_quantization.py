@@ -150,7 +150,7 @@ def test_the_chart_has_every_setting_in_both_panels() -> None:
     drawn = ElementTree.fromstring(chart(result()))
     titles = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")][1:]
     assert all(titles.count(name) == 2 for name in result()["settings"])
-    assert (x(256), x(3072), x(9999)) == (0, WIDTH, WIDTH) and x(512) < x(1024)
+    assert (x(192), x(3072), x(9999)) == (0, WIDTH, WIDTH) and x(512) < x(1024)
     assert (kl_y(10), kl_y(1e-6), kl_y(0)) == (0, HEIGHT, HEIGHT) and right_y(1) == 0
 
 

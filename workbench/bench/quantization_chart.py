@@ -11,7 +11,7 @@ from workbench.bench.quantization import SETTINGS, front
 WIDTH, HEIGHT = 410, 330  # of a panel's plot
 LEFT, TOP, GAP, LEGEND = 58, 40, 70, 190
 LEAST_KL = 1e-6  # the floor of the logarithmic axis: below lies rounding
-LEAST_BYTES, MOST_BYTES = 256, 3072
+LEAST_BYTES, MOST_BYTES = 192, 3072
 COLOURS = (
     *("#8a8a8a", "#b08d57", "#1f77b4", "#d6604d", "#2ca25f", "#9467bd"),
     *("#8c6d31", "#e08214", "#c2478d", "#17a2b8", "#6b8e23"),
@@ -29,7 +29,7 @@ text { font: 12px system-ui, sans-serif; fill: #333 } .small { font-size: 10px; 
 @media (prefers-color-scheme: dark) {
 text { fill: #ddd } .small { fill: #aaa } .axis, .full { stroke: #777 } .grid { stroke: #3a3a3a } .front { stroke: #ddd } }
 """
-BYTE_TICKS = (256, 384, 512, 768, 1024, 1536, 2048, 3072)
+BYTE_TICKS = (192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
 
 
 def chart(found: dict[str, Any]) -> str:
