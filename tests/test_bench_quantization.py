@@ -75,7 +75,7 @@ def test_wrong_methods_are_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_documents_are_put_together() -> None:
     """Two documents: the full cache answers the first, the setting the second."""
-    of = {"kl": [0.5, 0.1], "top1": [1.0, 0.25], "right": [False, True], "bytes": [300.0, 310.0]}
+    of: dict[str, list[float]] = {"kl": [0.5, 0.1], "top1": [1.0, 0.25], "right": [0, 1], "bytes": [300.0, 310.0]}
     assert summary(of, [True, False]) == {
         "bytes_per_token": 305.0,
         "kl": 0.3,
