@@ -17,9 +17,9 @@ from torch import Tensor
 
 from workbench_kernels.codes import encode_weights
 
-ROWS = 128  # queries times group in a block: enough for the matrix product to be at its best
-CELLS = 1 << 22  # logits of a block at most, per KV head: 16 MiB
-BATCH_CELLS = 1 << 20  # logits of a block up to which several KV heads go together
+ROWS = 128  # queries in a block: enough for the matrix product to be at its best
+CELLS = 1 << 22  # logits of one head in a block at most: 16 MiB
+BATCH_CELLS = 1 << 20  # logits of a block up to which several heads go together
 HIDDEN_LOGIT = -1e30  # not -inf: zero weight times it is zero
 
 
@@ -77,20 +77,24 @@ class AttentionCounts:
         return sum(x.numel() * x.element_size() for x in vars(self).values() if isinstance(x, Tensor))
 
 
-def visible_pairs(start: int, stop: int, cell: int, side: int, window: int | None, device: torch.device) -> Tensor:
-    """How many (query, entry) pairs of each map cell are visible: int64 [map rows, side].
+def visible_pairs(rows: Tensor, columns: Tensor, window: int | None = None) -> Tensor:
+    """How many (query, entry) pairs of each map cell are visible: int64 [map rows, map columns].
 
     Args:
-        start, stop: positions of the queries; ``start`` is a multiple of ``cell``.
+        rows: int64 [map rows + 1], positions where the map rows begin, and where the last ends; columns alike.
         window: entries a query sees up to its own; None for all.
     """
-    own = torch.arange(start, stop, device=device)[:, None]
-    left = torch.arange(side, device=device) * cell
-    first = torch.zeros_like(own) if window is None else (own - window + 1).clamp_min(0)
-    seen = (torch.minimum(own + 1, left + cell) - torch.maximum(first, left)).clamp_min(0)  # [queries, side]
-    rows = torch.arange(stop - start, device=device) // cell
-    out = torch.zeros(-(-(stop - start) // cell), side, dtype=torch.int64, device=device)
-    return out.index_add_(0, rows, seen)
+    ends, left = rows[:, None], columns[None]
+
+    def before(queries: Tensor) -> Tensor:
+        """Pairs left of each border if the first so many queries see 1, 2, 3, … entries."""
+        both = torch.minimum(queries, left)
+        return both * (both + 1) // 2 + (queries - both) * left
+
+    pairs = before(ends)
+    if window is not None:
+        pairs = pairs - before((ends - window).clamp_min(0))
+    return pairs.diff(dim=0).diff(dim=1)
 
 
 def attend_counting(
@@ -125,25 +129,34 @@ def attend_counting(
         raise ValueError(
             f"queries {start} to {entries - 1} cut a map row of {counts.cell}; feed the prompt in multiples of it"
         )
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    out = q.new_empty(1, q.shape[1], queries, v.shape[-1])
-    rows = max(1, min(max(1, ROWS // group), CELLS // (group * entries)))
-    together = max(1, min(kv_heads, BATCH_CELLS // (group * rows * entries)))
-    scratch = torch.empty(2, together * group * rows * (entries + 1), device=q.device)
-    for h0 in range(0, kv_heads, together):
-        h1 = min(kv_heads, h0 + together)
-        heads = slice(h0 * group, h1 * group)
-        own_sinks = None if sinks is None else sinks[heads].float().view(-1, 1, 1)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    group = heads // kv_heads
+    out = q.new_empty(1, heads, queries, v.shape[-1])
+    rows = max(1, min(ROWS, max(16, entries // 16), CELLS // entries))
+    together = BATCH_CELLS // (rows * entries)  # query heads
+    width = group if together >= group else 1
+    height = max(1, min(kv_heads, together // group))
+    first, side = start // counts.cell, counts.largest.shape[2]
+    borders = torch.arange(side + 1, device=q.device).mul_(counts.cell)
+    pairs = visible_pairs(borders[first:].clamp_max(entries), borders, window)
+    scratch = torch.empty(2, height * width * rows * (entries + 1), device=q.device)
+    for h0 in range(0, heads, height * width):
+        own = slice(h0, min(heads, h0 + height * width))
+        read = slice(h0 // group, (own.stop - 1) // group + 1)
+        own_sinks = None if sinks is None else sinks[own].float().view(-1, 1, 1)
         block = _HeadBlock(
-            q[0, heads], k[0, h0:h1], v[0, h0:h1], out[0, heads], scale, window, softcap, own_sinks, rows, scratch
+            q[0, own], k[0, read], v[0, read], out[0, own], scale, window, softcap, own_sinks, rows, scratch, pairs
         )
-        block.count(counts.of_heads(heads))
+        block.count(counts.of_heads(own))
     return out
 
 
 @dataclass
 class _HeadBlock:
-    """Some KV heads k, v [h, N, D] and their queries q [h * G, Tq, D], the last of the N, with room for their output."""
+    """Some KV heads k, v [h, N, D] and g query heads of each, q [h * g, Tq, D], the last of the N, with their output.
+
+    Either whole groups, or one query head alone.
+    """
 
     q: Tensor
     k: Tensor
@@ -152,9 +165,10 @@ class _HeadBlock:
     scale: float
     window: int | None
     softcap: float | None
-    sinks: Tensor | None  # [h * G, 1, 1]
+    sinks: Tensor | None  # [h * g, 1, 1]
     rows: int  # queries whose weights are held at a time
     scratch: Tensor  # float32 [2, logits of the largest block]
+    pairs: Tensor  # int64 [map rows, C] from the first query's map row on: visible pairs of each cell
 
     def __post_init__(self) -> None:
         self.stop = self.k.shape[1]
@@ -182,7 +196,7 @@ class _HeadBlock:
             r1 = min(q1, r0 + step)
             weights, logits = self._weights(r0, r1)
             used = weights[..., : r1 - self._first(r0)]
-            by_line = used.unflatten(1, (lines, -1))  # [h * G, lines, queries of a line, m]
+            by_line = used.unflatten(1, (lines, -1))  # [h * g, lines, queries of a line, m]
             at = slice(self._first(r0) - first, r1 - first)
             sums[..., at] += by_line.sum(2)
             torch.maximum(most[..., at], by_line.amax(2), out=most[..., at])
@@ -190,7 +204,7 @@ class _HeadBlock:
             lse = logits.amax(-1) - weights.amax(-1).log_()
             entropy += (lse - logits.mul_(weights).sum(-1)).unflatten(1, (lines, -1)).sum(2)
             _add_distances(self.profile, weights, used.shape[-1])
-            grouped = used.reshape(self.v.shape[0], -1, used.shape[-1])  # [h, G * R, m]
+            grouped = used.reshape(self.v.shape[0], -1, used.shape[-1])  # [h, g * R, m]
             read = torch.bmm(grouped, self.v[:, self._first(r0) : r1].float())
             self.out[:, r0 - self.start : r1 - self.start] = read.view(*used.shape[:2], -1)
         row = slice(q0 // counts.cell, q0 // counts.cell + lines)
@@ -198,15 +212,14 @@ class _HeadBlock:
         counts.entropy[:, row] += entropy
         if first < counts.sinks:
             counts.sink[:, row] += sums[..., : counts.sinks - first].sum(-1)
-        side = counts.largest.shape[2]
-        pairs = visible_pairs(q0, q1, counts.cell, side, self.window, self.q.device)  # [lines, side]
-        total, peak = _pooled(sums, most, first, counts.cell, side)
+        pairs = self.pairs[row.start - self.start // counts.cell :][:lines]
+        total, peak = _pooled(sums, most, first, counts.cell, pairs.shape[1])
         seen = (pairs > 0).expand_as(peak)
         counts.largest[:, row] = encode_weights(peak, seen)
         counts.mean[:, row] = encode_weights(total / pairs.clamp_min(1), seen)
 
     def _weights(self, r0: int, r1: int) -> tuple[Tensor, Tensor]:
-        """Weights and logits [h * G, R, m] of the queries r0 to r1 over what the first of them sees, up to the last.
+        """Weights and logits [h * g, R, m] of the queries r0 to r1 over what the first of them sees, up to the last.
 
         Where there are learnt sinks, both have one more column: the sink.
         """
@@ -215,7 +228,7 @@ class _HeadBlock:
         shape = (self.q.shape[0], rows, seen + (self.sinks is not None))
         logits, weights = (x[: shape[0] * shape[1] * shape[2]].view(shape) for x in self.scratch)
         q = self.q[:, r0 - self.start : r1 - self.start].float() * self.scale
-        grouped = q.reshape(self.k.shape[0], -1, q.shape[-1])  # [h, G * R, D]
+        grouped = q.reshape(self.k.shape[0], -1, q.shape[-1])  # [h, g * R, D]
         keys = self.k[:, first:r1].float().transpose(1, 2)
         if self.sinks is None:
             torch.bmm(grouped, keys, out=logits.view(*grouped.shape[:2], seen))
