@@ -109,6 +109,13 @@ def with_artifacts(model: Model) -> Model:
     return model
 
 
+def random_model(config: Any) -> Model:
+    """A workbench model of any config."""
+    register()
+    torch.manual_seed(0)
+    return Model("test/random", AutoModelForCausalLM.from_config(config, attn_implementation="workbench").eval(), None)
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
@@ -123,6 +130,11 @@ def feed(model: Model, cache: Any, ids: list[int], chunk: int | None = None) -> 
             part = torch.tensor([ids[start : start + (chunk or len(ids))]])
             out.append(model.network(input_ids=part, past_key_values=cache, use_cache=True).logits[0])
     return torch.cat(out)
+
+
+def whole_cache_for(model: Model, recipe: str, prompt_length: int | None = None) -> WorkbenchCache:
+    """FastKV with every token in every layer: as a cache alone it cannot do more. For the rest see test_fastkv.py and test_fastkv_lanes.py."""
+    return cache_for(model, recipe.replace("fastkv(", "fastkv(tsp_rate=1.0, "), prompt_length)
 
 
 def cache_for(model: Model, recipe: str = "full", prompt_length: int | None = None) -> WorkbenchCache:

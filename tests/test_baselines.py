@@ -149,7 +149,7 @@ def card_view(chunks: list[slice] | None = None, scorer: ExpectedAttention | Non
     )
     for part in chunks or [slice(0, 4)]:
         at = torch.arange(part.start, part.stop)
-        view.seen, view.chunk = part.stop, rope.rotate(queries[:, :, part], at)
+        view.seen, view.chunk, view.asked = part.stop, rope.rotate(queries[:, :, part], at), lambda at=at: at
         scorer.on_chunk(view)
     return view, scorer.score(view)[0, 0]
 
@@ -185,13 +185,14 @@ def test_expected_attention_statistics_are_those_of_the_whole_prompt() -> None:
     view: Any = SimpleNamespace(rope=rope, state={})
     for start in range(0, 57, 10):
         view.seen = min(start + 10, 57)
-        view.chunk = rope.rotate(queries[:, :, start : view.seen], torch.arange(start, view.seen))
+        at = torch.arange(start, view.seen)
+        view.chunk, view.asked = rope.rotate(queries[:, :, start : view.seen], at), lambda at=at: at
         scorer.on_chunk(view)
     exact = queries[:, :, 3:].double()
     centred = exact - exact.mean(2, keepdim=True)
     torch.testing.assert_close(view.state["mean"].double(), exact.mean(2), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(view.state["spread"].double() / 54, centred.mT @ centred / 54, atol=1e-3, rtol=1e-3)
-    assert sum(x.numel() for x in view.state.values()) == 4 * 8 + 4 * 8 * 8  # nothing as long as the prompt
+    assert sum(x.numel() for x in view.state.values()) == 4 * 8 + 4 * 8 * 8 + 1  # nothing as long as the prompt
 
 
 def test_expected_attention_is_the_mean_of_what_future_queries_pay() -> None:
@@ -206,6 +207,7 @@ def test_expected_attention_is_the_mean_of_what_future_queries_pay() -> None:
         scale=8**-0.5,
         seen=20,
         chunk=rope.rotate(query.expand(1, 1, 20, 8), torch.arange(20)),
+        asked=lambda: torch.arange(20),
         keys=lambda: keys,
         positions=lambda: torch.arange(20)[None, None],
     )

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import workbench as wb
-from tests.builders import build, cache_for, feed, prompt
+from tests.builders import build, feed, prompt
+from tests.builders import whole_cache_for as cache_for
 from workbench.cache.cache import WorkbenchCache
 from workbench.cache.layer import LayerView
 from workbench.runs.control import Control

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
+from tests.builders import ARCHITECTURES, build, feed, network, prompt
+from tests.builders import whole_cache_for as cache_for
 from workbench.cache.cache import WorkbenchCache
 from workbench.strategies.base import tokens_kept, tokens_kept_together
 from workbench.strategies.eviction.base import Eviction, StepwiseEviction
@@ -233,3 +234,18 @@ def test_eviction_then_codes_and_codes_then_eviction(key: str) -> None:
         assert cache.memory().used_bytes < alone.memory().used_bytes
     first = run(f"{once} | kivi(group_size=16, residual_length=16)")
     assert kept(first) == kept(alone)  # the first chooses on exact keys
+
+
+@pytest.mark.parametrize("first", ["snapkv(budget=89, window=4)", "knorm(budget=88)", "tova(budget=87)"])
+@pytest.mark.parametrize("second", ["h2o", "observed_attention", 'critical(scorer="h2o")'])
+def test_what_was_noted_of_entries_stays_in_step_when_another_method_evicts(first: str, second: str) -> None:
+    """The second method chooses among what is left by the same sums as it would alone."""
+    recipe = second.replace(")", ", budget=10)") if "(" in second else f"{second}(budget=10)"
+    once = recipe.replace("budget=10", "budget=10, recompress_every=0") if second == "h2o" else recipe
+    alone, together, before = (kept(run(text)) for text in (once, f"{first} | {once}", first))
+    for layer in range(3):
+        for head in range(2):
+            lost = set(range(LENGTH)) - set(before[layer][head])
+            assert len(set(alone[layer][head]) - lost - set(together[layer][head])) <= len(lost)
+            if not lost & set(alone[layer][head]):
+                assert alone[layer][head] == together[layer][head]

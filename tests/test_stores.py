@@ -31,8 +31,8 @@ class Naive:
     v: list[Tensor]
     at: list[Tensor]
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> Naive:
-        new = torch.arange(start, start + k.shape[2], dtype=torch.int32)
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> Naive:
+        new = (torch.arange(start, start + k.shape[2]) if at is None else at).to(torch.int32)
         flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
         return Naive(
             [torch.cat([a, b]) for a, b in zip(self.k, flat_k)],
@@ -46,7 +46,7 @@ class Naive:
     def attend(self, query: Query) -> Tensor:
         """By the definition, row by row, over what is held."""
         out = torch.empty_like(query.q)
-        asked = torch.arange(query.start, query.stop)[:, None]
+        asked = query.asked()[:, None]
         for row in range(ROWS):
             b, h = divmod(row, HEADS)
             group = slice(h * GROUP, (h + 1) * GROUP)
@@ -103,7 +103,7 @@ def check(store: Store, naive: Naive, exact: bool = True) -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from("append keep ragged clone recode step".split()), st.integers(1, 40)), max_size=9
+    st.tuples(st.sampled_from("append keep ragged clone recode step gaps".split()), st.integers(1, 40)), max_size=9
 )
 
 
@@ -122,6 +122,12 @@ def test_store_follows_the_naive_model_through_any_sequence(steps: list, seed: i
             store.append(k, v, seen)
             store.settle()
             naive, seen = naive.append(k, v, seen), seen + count
+        elif action == "gaps":
+            at = seen + torch.randint(1, 4, (number,), generator=generator).cumsum(0)
+            k, v = chunk(number, generator)
+            store.append(k, v, seen, at)
+            store.settle()
+            naive, seen = naive.append(k, v, seen, at), int(at[-1]) + 1
         elif action == "clone":
             alive.append((store.clone(), naive, seen))
         elif action == "recode":
@@ -148,6 +154,52 @@ def test_store_follows_the_naive_model_through_any_sequence(steps: list, seed: i
         q = torch.randn(BATCH, HEADS * GROUP, 1, DIM, generator=generator)
         query = Query(q, seen, False, 0.3)
         torch.testing.assert_close(store.attend(query), decoded(store).attend(query), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "dense", "evicted", "ragged", "packed"])
+@pytest.mark.parametrize("window", [None, 2, 6, 30])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_chunk_with_gaps_is_causal_and_windowed_by_position(kind: str, window: int | None, padded: bool) -> None:
+    """Tokens between these stayed behind in an earlier layer; they arrive in two chunks."""
+    generator = torch.Generator().manual_seed(5)
+    store, naive = empty()
+    if kind != "fresh":
+        k, v = chunk(20, generator)
+        store.append(k, v, 0)
+        naive = naive.append(k, v, 0)
+    if kind in ("evicted", "ragged"):
+        kept = [torch.arange(row % 2 if kind == "evicted" else row, 20, 2) for row in range(ROWS)]
+        store.keep(torch.stack(kept).unflatten(0, (BATCH, HEADS)) if kind == "evicted" else kept)
+        naive = naive.keep(kept)
+    if kind == "packed":
+        store.recode(SMALL)
+    for at in (torch.tensor([22, 23, 27]), torch.tensor([30, 37, 38, 44])):
+        k, v = chunk(len(at), generator)
+        store.append(k, v, int(at[0]), at)
+        naive = naive.append(k, v, 0, at)
+        padding = torch.arange(45).expand(BATCH, -1) >= torch.tensor([[3], [0]]) if padded else None
+        q = torch.randn(BATCH, HEADS * GROUP, len(at), DIM, generator=generator)
+        query = Query(q, int(at[0]), True, 0.3, window, padding=padding, at=at)
+        check(store, naive, exact=kind != "packed")
+        torch.testing.assert_close(store.attend(query), decoded(store).attend(query), atol=2e-5, rtol=1e-4)
+    store.drop_before(25)
+    assert kind == "packed" or all(min(at) >= 25 for at in decoded(store).at)  # codes leave by whole groups
+
+
+def test_the_last_queries_keep_their_positions_over_chunks_with_gaps() -> None:
+    def asked(at: list[int]) -> Query:
+        return Query(torch.tensor(at, dtype=torch.float32).view(1, 1, -1, 1), at[0], True, 1.0, at=torch.tensor(at))
+
+    last = asked([40, 41]).last(4, asked([3, 7, 20, 31]).last(4))
+    assert last.asked().tolist() == [20, 31, 40, 41] == last.q.flatten().tolist() and (last.start, last.stop) == (
+        20,
+        42,
+    )
+    plain = Query(torch.tensor([42.0, 43.0]).view(1, 1, 2, 1), 42, True, 1.0)
+    joined = plain.last(3, last)  # tokens after the prompt come without gaps
+    assert joined.asked().tolist() == [41, 42, 43] == joined.q.flatten().tolist()
+    again = Query(torch.tensor([41.0]).view(1, 1, 1, 1), 41, False, 1.0)
+    assert again.last(3, last).asked().tolist() == [41]  # a replayed query follows nothing
 
 
 KINDS = ["dense", "cloned", "evicted", "ragged", "packed", "packed-evicted", "packed-ragged", "two-segments"]

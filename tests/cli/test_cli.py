@@ -23,7 +23,7 @@ SCHEMA = {"schema", "model", "prompt_tokens", "reference", "lanes"}
 MODEL = {"id", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dtype"}
 LANE = {
     "recipe", "resolved", "tokens", "text", "stopped", "error", "kl", "kl_mean", "top1_agreement", "first_divergence",
-    "memory", "kept", "drift", "seconds",
+    "memory", "kept", "drift", "seconds", "tokens_by_layer",
 }  # fmt: skip
 MEMORY = {
     "used_bytes",
@@ -81,6 +81,14 @@ def test_json_has_the_documented_keys(folder: Path, capsys: pytest.CaptureFixtur
     )  # tokens, K and V, layers, KV heads, head_dim, float32
     assert snapkv["memory"]["ratio"] < 0.4
     assert full["kl"] == [0.0] * 4
+    assert full["tokens_by_layer"] == snapkv["tokens_by_layer"] == [80, 80]
+
+
+def test_json_says_how_many_tokens_each_layer_was_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lanes = ("--lane", "fastkv(tsp_rate=0.3)", "--lane", "fastkv | snapkv(budget=0.1)")
+    result = json_of(capsys, command(folder, "--token-ids", IDS, *lanes, "--json", "-"))
+    assert [lane["error"] for lane in result["lanes"]] == [None] * 4
+    assert [lane["tokens_by_layer"] for lane in result["lanes"]] == [[80, 80], [80, 80], [80, 24], [80, 16]]
 
 
 def test_kept_and_drift_come_when_asked(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,10 +246,12 @@ def test_a_taken_port_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_runs_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "bench.json"
     began = time.perf_counter()
-    assert cli.run(["bench", "speed", "bytes", "rerun", "--quick", "--json", str(target)]) == 0
+    recipes = ("--recipe", "full", "--recipe", "fastkv(budget=0.25)")
+    assert cli.run(["bench", "speed", "bytes", "rerun", "--quick", *recipes, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     (times,) = result["speed"]["times"]
     assert times["equal"] and times["lanes"]["full"]["prefill"]["ratio"] > 0
+    assert set(times["lanes"]) == {"plain transformers", "full", "fastkv(budget=0.25)"}
     assert all(lane["reached"] is not False for case in result["bytes"] for lane in case["lanes"].values())
     assert result["rerun"]["first_token"]["p50_ms"] > 0
     assert {"machine", "command", "commit"} <= set(result)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from workbench.bench.subjects import HOUSE_NAME, RANDOM_NAME, TINY_NAME, house_is_there, random_ids, subject
 from workbench.cache.cache import Memory, WorkbenchCache
 from workbench.models.load import Model
+from workbench.runs.prompt import read_through
 from workbench.strategies.recipe import Recipe
 
 LENGTH = 4096
@@ -54,10 +53,5 @@ def measure_bytes(recipes: Sequence[str] | None, quick: bool, tell: Callable[[st
 def after_prompt(model: Model, recipe: str, length: int) -> Memory:
     """What a recipe holds right after a prompt that was read in chunks of 2,048 tokens."""
     cache = WorkbenchCache(Recipe.parse(recipe), model.geometry, length, artifacts=model.artifacts)
-    ids = torch.tensor([random_ids(model, length)])
-    with torch.inference_mode():
-        for start in range(0, length, 2048):
-            model.network(
-                input_ids=ids[:, start : start + 2048], past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+    read_through(model, cache, random_ids(model, length), 2048)
     return cache.memory()

@@ -1,6 +1,7 @@
 """Prefill and decode of recipes against plain transformers: same weights, same tokens, same process, interleaved.
 
-Every round feeds the prompt in one forward call to each contender in turn, then decodes the same fixed tokens in short
+Every round feeds the prompt in one forward call (where a recipe lets tokens stay behind: one per layer) to each contender in
+turn, then decodes the same fixed tokens in short
 blocks, again in turn. A ratio is taken within a round; reported are the median and the range over the rounds. The
 full recipe's logits must equal plain transformers', or no speed is reported.
 """
@@ -21,6 +22,7 @@ from transformers import DynamicCache
 from workbench.bench.subjects import plain_twin, random_ids, subject, subjects
 from workbench.cache.cache import WorkbenchCache
 from workbench.models.load import Model
+from workbench.runs.prompt import read_through
 from workbench.strategies.recipe import Recipe
 
 PLAIN = "plain transformers"
@@ -39,16 +41,27 @@ TOLERANCE = 2e-3  # of the logits' standard deviation, float32
 
 
 class Contender:
-    """One way of running the network: plain, or a recipe."""
+    """One way of running the network: plain, or a recipe.
 
-    def __init__(self, name: str, network: Any, make_cache: Callable[[int], Any]) -> None:
-        self.name, self.network, self.make_cache = name, network, make_cache
+    Args:
+        by_layer: the model, where the recipe needs its layers run one by one.
+    """
+
+    def __init__(
+        self, name: str, network: Any, make_cache: Callable[[int], Any], by_layer: Model | None = None
+    ) -> None:
+        self.name, self.network, self.make_cache, self.by_layer = name, network, make_cache, by_layer
         self.cache: Any = None
 
     def prefill(self, ids: Tensor) -> tuple[float, Tensor]:
         """Seconds, and the logits after the prompt."""
         self.cache = self.make_cache(ids.shape[1])
-        return self._feed(ids)
+        if self.by_layer is None:
+            return self._feed(ids)
+        tokens = ids[0].tolist()
+        began = time.perf_counter()
+        logits = read_through(self.by_layer, self.cache, tokens, len(tokens))
+        return time.perf_counter() - began, logits
 
     def decode(self, ids: Tensor) -> tuple[float, Tensor]:
         """Seconds to feed the tokens one by one, and the last logits."""
@@ -71,7 +84,8 @@ def contenders(model: Model, recipes: Sequence[str]) -> list[Contender]:
     found = [Contender(PLAIN, twin, lambda length: DynamicCache(config=twin.config))]
     for text in recipes:
         recipe = Recipe.parse(text)
-        found.append(Contender(text, model.network, partial(WorkbenchCache, recipe, model.geometry)))
+        by_layer = model if recipe.needs_token_set else None
+        found.append(Contender(text, model.network, partial(WorkbenchCache, recipe, model.geometry), by_layer))
     return found
 
 

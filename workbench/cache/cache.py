@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -34,10 +34,27 @@ class Memory:
 
     used_bytes: int
     reserved_bytes: int  # allocated for entries to come, not in use
-    peak_bytes: int
+    peak_bytes: int  # the most at any time, hidden states that wait between two layers among it
     by_layer: list[int]
     by_kind: dict[str, int]
     by_head: list[list[int]] = field(default_factory=list)  # [layers][KV heads]
+
+
+@dataclass
+class Drive:
+    """What a layer-by-layer forward pass (:mod:`workbench.models.layerwise`) and the layers tell each other.
+
+    Attributes:
+        entering: tokens of the prompt that enter the layer.
+        waiting: bytes of the hidden states that wait between two layers.
+        at: int64 [Tq], positions of this chunk's tokens, once some of the prompt stayed behind; None before.
+        going_on: int64 [m], positions of the tokens that a strategy lets go on to the next layer; None for all.
+    """
+
+    entering: int
+    waiting: int
+    at: Tensor | None = None
+    going_on: Tensor | None = None
 
 
 class WorkbenchCache(Cache):
@@ -64,6 +81,7 @@ class WorkbenchCache(Cache):
         self.probes: list[AttentionProbe] = list(probes)
         self.artifacts = artifacts
         self.replaying = False
+        self.drive: Drive | None = None  # while the layers are run one by one
         self.peak_bytes = 0
         self._layer_bytes = [0] * geometry.num_layers
         self._chunk_bytes = [0] * geometry.num_layers  # with the prompt's last chunk, before anything was dropped
@@ -79,7 +97,8 @@ class WorkbenchCache(Cache):
 
     def note_bytes(self, layer: WorkbenchLayer) -> None:
         self._layer_bytes[layer.index] = sum(layer.nbytes().values())
-        self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes))
+        waiting = 0 if self.drive is None else self.drive.waiting
+        self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes) + waiting)
 
     def note_chunk(self, layer: WorkbenchLayer) -> None:
         """A chunk of the prompt arrived in ``layer`` and nothing was dropped yet: what prefill really holds."""
@@ -96,6 +115,20 @@ class WorkbenchCache(Cache):
             yield
         finally:
             self.replaying = False
+
+    @contextmanager
+    def driven(self, drive: Drive) -> Iterator[None]:
+        """Inside, a layer is run on its own, on the tokens that ``drive`` says."""
+        self.drive = drive
+        try:
+            yield
+        finally:
+            self.drive = None
+
+    @property
+    def tokens_by_layer(self) -> list[int]:
+        """Tokens of the prompt that each layer was given: fewer after a layer where some stayed behind."""
+        return [layer.prompt_tokens for layer in self.layers]
 
     def apply_recipe(self, queries: Sequence[Query]) -> None:
         """Act as after the prompt, on a cache whose prompt was read under the empty recipe.
@@ -116,9 +149,7 @@ class WorkbenchCache(Cache):
 
     def finish_layer(self, layer: WorkbenchLayer, query: Query) -> None:
         """The prompt was read in ``layer``: the parts act on it, up to one that spans layers; the rest waits for that."""
-        q = query.q if layer.recent_queries is None else layer.recent_queries
-        q = q[:, :, -max(1, self.recipe.query_window) :].clone()  # a copy, so that the rest of the chunk can be freed
-        self._asked.append(replace(query, q=q, start=query.stop - q.shape[2]))
+        self._asked.append((layer.recent or query).last(max(1, self.recipe.query_window)))
         for number, part in enumerate(self.recipe.parts):
             part.after_prefill(layer.view(number, query))
             if part.spans_layers:

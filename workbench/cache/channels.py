@@ -45,8 +45,8 @@ class ChannelSegment(DenseSegment):
         absent = ~unpack_bits(self.mask, self.dim)
         return absent.to(torch.uint8).argsort(dim=-1, stable=True)[..., : self.held]
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        super().append(k.gather(-1, per_entry(self.channels, k.shape[2])), v, start)
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        super().append(k.gather(-1, per_entry(self.channels, k.shape[2])), v, start, at)
 
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
         group = query.q.shape[1] // self.heads

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
+    from workbench.models.geometry import Geometry
     from workbench.models.rope import Rope
     from workbench.strategies.base import Declared
 
@@ -34,7 +35,7 @@ class LayerView:
         layer: index of the layer.
         prompt_length: tokens of the prompt.
         in_prompt: whether the chunk just attended began in the prompt; False while generating.
-        seen: tokens seen so far, kept or not.
+        seen: tokens seen so far, kept or not, those that stayed behind in an earlier layer included.
         chunk: queries of the chunk just attended [B, Hq, Tq, D], after RoPE; after the last layer, the end of it.
         state: this strategy's own tensors for this layer; counted as cache memory.
     """
@@ -58,6 +59,11 @@ class LayerView:
     def num_layers(self) -> int:
         return len(self._owner.cache.layers)
 
+    @property
+    def geometry(self) -> Geometry:
+        """The model's."""
+        return self._owner.cache.geometry
+
     def prompt_entries(self) -> list[int]:
         """Entries that each layer of the model can hold of the prompt: all, or what its sliding window leaves."""
         windows = (layer.sliding_window for layer in self._owner.cache.layers)
@@ -75,6 +81,10 @@ class LayerView:
     def earlier(self) -> list[LayerView]:
         """The layers before this one, to look at what they hold and to drop more of it."""
         return [layer.view(self._part, self._query) for layer in self._owner.cache.layers[: self.layer]]
+
+    def asked(self) -> Tensor:
+        """int64 [Tq], ascending: the position of every query of the chunk; with gaps where tokens stayed behind."""
+        return self._query.asked()
 
     @property
     def scale(self) -> float:
@@ -114,8 +124,11 @@ class LayerView:
 
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
-        recent = self._owner.recent_queries
-        return (self.chunk if recent is None else recent)[:, :, -window:]
+        return self._recent.q[:, :, -window:]
+
+    @property
+    def _recent(self) -> Query:
+        return self._query if self._owner.recent is None else self._owner.recent
 
     def window_attention(self, window: int) -> Tensor:
         """Softmax weights of the last ``window`` queries over all n entries: float32 [B, H, G, W, n], causal."""
@@ -125,7 +138,7 @@ class LayerView:
         logits = torch.einsum("bhgwd,bhtd->bhgwt", grouped.float(), keys.float()) * self.scale
         if self._query.softcap is not None:
             logits = self._query.softcap * torch.tanh(logits / self._query.softcap)
-        asked = torch.arange(self.seen - q.shape[2], self.seen, device=q.device)  # positions of the queries
+        asked = self._recent.asked()[-q.shape[2] :]
         at = self.positions()[:, :, None, None, :]
         hidden = at > asked[:, None]
         if self._query.window is not None:
@@ -147,13 +160,28 @@ class LayerView:
 
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
-        self._owner.store.keep(index, keys)
-        self._owner.cache.note_bytes(self._owner)
+        self._owner.keep(index, keys)
 
     def narrow_keys(self, channels: Tensor, recent: int) -> None:
         """Hold only some channels of older keys (see :meth:`Store.narrow_keys`); the rest is freed."""
         self._owner.store.narrow_keys(channels, recent)
         self._owner.cache.note_bytes(self._owner)
+
+    def pass_on(self, positions: Tensor) -> None:
+        """Let only these tokens of the prompt go on to the next layer; the others stay behind for good.
+
+        To be called from ``after_prefill`` by a strategy whose ``needs_token_set`` is True.
+
+        Args:
+            positions: int64 [m], ascending, of tokens that entered this layer; the prompt's last token among them.
+        """
+        cache = self._owner.cache
+        if cache.drive is None:
+            raise WorkbenchError(
+                f"A strategy of '{cache.recipe.text}' lets tokens stay behind and did not say so beforehand; its "
+                "needs_token_set must be True."
+            )
+        cache.drive.going_on = positions
 
     def recode(self, codec: Codec) -> None:
         """Hold this layer's entries by ``codec`` from now on."""
@@ -176,8 +204,9 @@ class WorkbenchLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.store: Store = Store(1, 1)
         self.seen = 0
+        self.prompt_tokens = 0  # tokens of the prompt that this layer was given
         self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
-        self.recent_queries: Tensor | None = None  # kept while the prompt is read, if a strategy votes with them
+        self.recent: Query | None = None  # the last queries, while the prompt is read and if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
 
@@ -201,10 +230,14 @@ class WorkbenchLayer(CacheLayerMixin):
             )
         if not self.cache.replaying:
             self.cache.note_prompt(key_states.shape[2])
+            drive = self.cache.drive
+            if drive is None and self.seen < (self.cache.prompt_length or 0) and self.cache.recipe.needs_token_set:
+                raise self.cache.recipe.not_a_drop_in()
             if self.seen == 0:
                 self.store.reserve(key_states, self._room(key_states.shape[2]))
-            self.store.append(key_states, value_states, self.seen)
-            self.seen += key_states.shape[2]
+            at = None if drive is None else drive.at
+            self.store.append(key_states, value_states, self.seen, at)
+            self.seen = self.seen + key_states.shape[2] if at is None else int(at[-1]) + 1
         self._waiting = True
         key_states._workbench_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -227,7 +260,7 @@ class WorkbenchLayer(CacheLayerMixin):
 
     def _room(self, chunk: int) -> int:
         """Entries to make room for at the first chunk: the prompt, or what a sliding window lets live of it."""
-        prompt = max(chunk, self.cache.prompt_length or 0)
+        prompt = max(chunk, self.cache.prompt_length or 0) if self.cache.drive is None else self.cache.drive.entering
         if self.sliding_window is not None:
             prompt = min(prompt, chunk + self.sliding_window + SWEEP)
         return prompt + MIN_SPARE
@@ -251,7 +284,9 @@ class WorkbenchLayer(CacheLayerMixin):
                 f"The recipe '{cache.recipe.text}' cannot run on a padded batch; run prompts of different lengths one "
                 "by one, or use 'full'."
             )
-        query = Query(q, self.seen - q.shape[2], not cache.replaying, scale, window, softcap, padding, sinks)
+        at = None if cache.drive is None else cache.drive.at
+        start = self.seen - q.shape[2] if at is None else int(at[0])
+        query = Query(q, start, not cache.replaying, scale, window, softcap, padding, sinks, at)
         out = self.store.attend(query)
         for probe in cache.probes:
             probe.on_attention(self, query, out)
@@ -268,7 +303,8 @@ class WorkbenchLayer(CacheLayerMixin):
         in_prompt = query.start < prompt
         ends_prompt = in_prompt and self.seen >= prompt
         if in_prompt:
-            self._remember_queries(query.q)
+            self.prompt_tokens += query.q.shape[2]
+            self._remember(query)
             cache.note_chunk(self)
             for number, part in enumerate(parts):
                 part.on_chunk(self.view(number, query))
@@ -276,7 +312,7 @@ class WorkbenchLayer(CacheLayerMixin):
             self.store.drop_before(self.seen - query.window)
         if ends_prompt:
             cache.finish_layer(self, query)
-            self.recent_queries = None
+            self.recent = None
         elif not in_prompt:
             for number, part in enumerate(parts):
                 part.after_step(self.view(number, query))
@@ -286,13 +322,20 @@ class WorkbenchLayer(CacheLayerMixin):
         if ends_prompt and self.index == len(cache.layers) - 1:
             cache.finish_prompt()
 
-    def _remember_queries(self, q: Tensor) -> None:
+    def _remember(self, query: Query) -> None:
         window = self.cache.recipe.query_window
-        if window and q.shape[2] < window:
-            held = [] if self.recent_queries is None else [self.recent_queries]
-            self.recent_queries = torch.cat([*held, q], 2)[:, :, -window:]
-        elif window:
-            self.recent_queries = q[:, :, -window:].clone()  # a copy, so that the rest of the chunk can be freed
+        if window:
+            self.recent = query.last(window, self.recent)  # a copy, so that the rest of the chunk can be freed
+
+    def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
+        """Keep only these entries, and what every part of the recipe noted of each of them."""
+        if isinstance(index, Tensor):  # heads of different lengths are cut once only, and notes are then done with
+            for part, state in zip(self.cache.recipe.parts, self.states, strict=True):
+                for name in part.per_entry & state.keys():
+                    noted = state[name]  # [B, H, n]; a sliding window may have dropped the oldest entries meanwhile
+                    state[name] = noted[..., noted.shape[-1] - self.store.lengths[0] :].gather(-1, index)
+        self.store.keep(index, keys)
+        self.cache.note_bytes(self)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes in use by kind, the strategies' own state included."""
@@ -303,6 +346,6 @@ class WorkbenchLayer(CacheLayerMixin):
     def clone(self, cache: WorkbenchCache) -> WorkbenchLayer:
         twin = WorkbenchLayer(self.index, cache, self.sliding_window)
         twin.store, twin.seen, twin.is_initialized = self.store.clone(), self.seen, self.is_initialized
-        twin.module, twin.recent_queries = self.module, self.recent_queries
+        twin.module, twin.recent, twin.prompt_tokens = self.module, self.recent, self.prompt_tokens
         twin.states = [dict(state) for state in self.states]  # strategies replace tensors, never write into them
         return twin

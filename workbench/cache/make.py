@@ -23,12 +23,14 @@ def cache(recipe: str | Recipe, model: Model | Any, prompt_length: int | None = 
         prompt_length: tokens of the prompt, where it is fed in several chunks (``prefill_chunk_size``).
 
     Raises:
-        RecipeError: the recipe cannot be read or cannot run on this model.
+        RecipeError: the recipe cannot be read, cannot run on this model, or needs more than a cache can do.
         ArtifactError: it needs what was not calibrated or trained for this model.
         ModelError: the model uses another attention implementation.
     """
     register()
     parsed = Recipe.parse(recipe)
+    if parsed.needs_token_set:
+        raise parsed.not_a_drop_in()
     if isinstance(model, Model):
         return WorkbenchCache(parsed, model.geometry, prompt_length, artifacts=model.artifacts)
     used = getattr(model.config.get_text_config(), "_attn_implementation", None)

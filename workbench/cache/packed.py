@@ -73,8 +73,8 @@ class PackedSegment(UniformSegment):
         self._pack_values(v[:, :, :cut])
         self.value_residual.append(v[:, :, cut:])
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        self._note_positions(start, k.shape[2])
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        self._note_positions(start, k.shape[2], at)
         self.key_residual.append(k)
         self.value_residual.append(v)
 

@@ -21,10 +21,10 @@ class RaggedSegment(Segment):
     def lengths(self) -> list[int]:
         return [row.lengths[0] for row in self.rows]
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
         for index, row in enumerate(self.rows):
             b, h = divmod(index, self.heads)
-            row.append(k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1], start)
+            row.append(k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1], start, at)
 
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
         batch, query_heads, queries, _ = query.q.shape

@@ -24,7 +24,7 @@ class Query:
 
     Attributes:
         q: [B, Hq, Tq, D] after RoPE.
-        start: position of the first query; they are consecutive.
+        start: position of the first query; they are consecutive unless ``at`` says otherwise.
         own: the queries' own entries are the last Tq of the store (causal among themselves); False when they were
             not appended.
         scale: factor on the logits.
@@ -32,6 +32,7 @@ class Query:
         softcap: Gemma 2's soft-capping of the logits, or None.
         padding: bool [B, seen], False where a left-padded batch has no token; None without padding.
         sinks: [Hq] learnt logits that take a share of the mass and give nothing (GPT-OSS), or None.
+        at: int64 [Tq], ascending: the queries' positions where tokens between them stayed behind in an earlier layer.
     """
 
     q: Tensor
@@ -42,11 +43,16 @@ class Query:
     softcap: float | None = None
     padding: Tensor | None = None
     sinks: Tensor | None = None
+    at: Tensor | None = None
 
     @property
     def stop(self) -> int:
         """The position after the last query."""
-        return self.start + self.q.shape[2]
+        return self.start + self.q.shape[2] if self.at is None else int(self.at[-1]) + 1
+
+    def asked(self) -> Tensor:
+        """Positions of the queries: int64 [Tq]."""
+        return torch.arange(self.start, self.stop, device=self.q.device) if self.at is None else self.at
 
     def narrow(self, row_batch: int, first_head: int, last_head: int) -> Query:
         """The same question for the query heads of one row: q becomes [1, G, Tq, D]."""
@@ -57,11 +63,16 @@ class Query:
 
     def last(self, window: int, earlier: Query | None = None) -> Query:
         """The last ``window`` queries on their own (a copy), continuing ``earlier`` ones where a chunk is short."""
-        q = self.q
-        if earlier is not None and q.shape[2] < window and earlier.stop == self.start:
-            q = torch.cat([earlier.q, q], 2)
-        q = q[:, :, -window:].clone()
-        return replace(self, q=q, start=self.stop - q.shape[2])
+        q, at = self.q, self.at
+        if earlier is not None and q.shape[2] < window and earlier._continued_by(self):
+            gaps = at is not None or earlier.at is not None
+            q, at = torch.cat([earlier.q, q], 2), torch.cat([earlier.asked(), self.asked()]) if gaps else None
+        q, at = q[:, :, -window:].clone(), None if at is None else at[-window:]
+        return replace(self, q=q, start=self.stop - q.shape[2] if at is None else int(at[0]), at=at)
+
+    def _continued_by(self, later: Query) -> bool:
+        """Whether ``later`` asks for the tokens that come next; those that stayed behind are not missing."""
+        return self.stop == later.start or (later.at is not None and self.stop < later.start)
 
 
 def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
@@ -74,8 +85,7 @@ def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
         at = positions[:, :, None, n0:n1]  # [B, H, 1, n]
         hidden = torch.zeros_like(at, dtype=torch.bool)
         if query.window is not None:
-            asked = torch.arange(query.start + q0, query.start + q1, device=at.device)[:, None]
-            hidden = hidden | (at <= asked - query.window)
+            hidden = hidden | (at <= query.asked()[q0:q1, None] - query.window)
         if query.padding is not None:
             batch = torch.arange(query.padding.shape[0], device=at.device).view(-1, 1, 1, 1)
             hidden = hidden | ~query.padding[batch, at.long()]
@@ -102,8 +112,11 @@ class Segment(ABC):
         """Entries of each row (B * H numbers)."""
 
     @abstractmethod
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Add entries k, v [B, H, T, D] at positions start, start + 1, … to every row."""
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        """Add entries k, v [B, H, T, D] to every row, at positions start, start + 1, … or, where given, ``at`` [T].
+
+        Positions ascend and come after those already held: a chunk is causal by the order of its entries.
+        """
 
     @abstractmethod
     def attend(self, query: Query, need_lse: bool = True) -> Partial:
@@ -148,8 +161,8 @@ class Segment(ABC):
 class UniformSegment(Segment):
     """Every row holds the same number of entries.
 
-    Positions are implied (``start``, ``start + 1``, …) until entries are dropped; from then on they are stored, int32
-    per row and entry, and counted.
+    Positions are implied (``start``, ``start + 1``, …) until entries are dropped, or arrive with gaps between them; from
+    then on they are stored, int32 per row and entry, and counted.
     """
 
     def __init__(self, batch: int, heads: int, start: int = 0) -> None:
@@ -195,13 +208,20 @@ class UniformSegment(Segment):
             query.q, k, v, query.scale, causal=own, window=window, softcap=query.softcap, need_lse=need_lse
         )
 
-    def _note_positions(self, start: int, count: int) -> None:
-        """Positions start, start + 1, … join; called before the entries are appended."""
-        if self.length == 0 and self.at is None:
-            self.start = start
-        if self.at is not None:
-            steps = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
-            self.at.append(steps.expand(self.batch, self.heads, -1))
+    def _note_positions(self, start: int, count: int, at: Tensor | None) -> None:
+        """Positions start, start + 1, … (or ``at`` [count]) join; called before the entries are appended."""
+        if self.at is None:
+            if self.length == 0:
+                self.start = start
+            if at is None:
+                return
+            implied = self.positions() if self.length else None
+            self.at = Growable()
+            if implied is not None:
+                self.at.append(implied.expand(self.batch, self.heads, -1))
+        if at is None:
+            at = torch.arange(start, start + count, device=self.device)
+        self.at.append(at.to(torch.int32).expand(self.batch, self.heads, -1))
 
     def _passed(self, position: int) -> int:
         """Oldest entries that lie before ``position`` in every row."""
@@ -242,8 +262,8 @@ class DenseSegment(UniformSegment):
         self.k.reserve(like, rows)
         self.v.reserve(like, rows)
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        self._note_positions(start, k.shape[2])
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        self._note_positions(start, k.shape[2], at)
         self.k.append(k)
         self.v.append(v)
 

@@ -66,8 +66,9 @@ class Store:
         if isinstance(last, DenseSegment):
             last.reserve(like, rows)
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> None:
-        self.segments[-1].append(k, v, start)
+    def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
+        """Add entries k, v [B, H, T, D] at positions start, start + 1, … or, where tokens are left out, ``at`` [T]."""
+        self.segments[-1].append(k, v, start, at)
 
     def attend(self, query: Query) -> Tensor:
         """Attention [B, Hq, Tq, D] over all segments."""

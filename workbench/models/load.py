@@ -24,6 +24,7 @@ from workbench.errors import ModelError, PromptError
 from workbench.models.artifacts import Artifacts, content_hash
 from workbench.models.geometry import Geometry
 from workbench.models.house import HOUSE, house_path
+from workbench.models.layerwise import LayerLoop
 
 LOG = logging.getLogger(__name__)
 HUB_SECONDS = 5.0  # that the Hub may take to answer before a model is looked for on this machine only
@@ -55,6 +56,11 @@ class Model:
             f"<Model {self.id}: {g.num_layers} layers, {g.num_heads} heads, {g.num_kv_heads} KV heads, head_dim "
             f"{g.head_dim}, {g.dtype}, {g.bytes_per_token:,} bytes a token, on {self.device}>"
         )
+
+    @functools.cached_property
+    def loop(self) -> LayerLoop:
+        """Its decoder layers, to be run one by one; ModelError where that cannot be done."""
+        return LayerLoop(self.network, self.geometry)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``; pass ``past_key_values=wb.cache(recipe, model)``."""

@@ -86,6 +86,7 @@ class Lane:
     drift: dict[str, list[list[float]]] | None = None
     prefill_seconds: float = 0.0
     prefill_reused: bool = False
+    tokens_by_layer: list[int] = field(default_factory=list)  # of the prompt: fewer where a strategy left some behind
     first_token: str = "replayed"
 
     tokens = property(lambda self: self.answers[0].tokens)
@@ -120,6 +121,7 @@ class Lane:
             "kept": self.kept_positions if kept else None,
             "drift": self.drift,
             "seconds": self.seconds,
+            "tokens_by_layer": self.tokens_by_layer,
             "first_token": self.first_token,
         }
         if self.answers[0].question is not None:

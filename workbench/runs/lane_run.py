@@ -65,7 +65,7 @@ class LaneRun:
         memory = cache.memory()
         lane.memory.take(memory)
         lane.kept_positions = [[cache.kept(layer, head) for head in heads] for layer in range(len(cache.layers))]
-        lane.packed = packed_counts(cache)
+        lane.packed, lane.tokens_by_layer = packed_counts(cache), cache.tokens_by_layer
         if self.is_reference:
             self.run.trace = ReferenceRun(cache.clone(), memory.used_bytes)
         self.run.relate(lane)

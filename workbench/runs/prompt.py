@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from workbench.cache.cache import WorkbenchCache
 from workbench.errors import OutOfMemoryError
+from workbench.models.layerwise import LayerwisePrefill
+from workbench.runs.control import Control
 from workbench.runs.reference import QueryRecorder
 from workbench.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
     from workbench.cache.segments import Query
     from workbench.models.load import Model
-    from workbench.runs.control import Control
 
 SNAPSHOT_WINDOW = 128  # queries kept at the end of a prompt; recipes that vote with more read the prompt again
 
@@ -39,18 +41,25 @@ def forward(model: Model, cache: WorkbenchCache, ids: list[int], position: int |
     tokens = torch.tensor([ids], device=model.device)
     start = cache.get_seq_length() if position is None else position
     positions = torch.arange(start, start + len(ids), device=model.device)[None]
+    with _computing(model, cache):
+        out = model.network(
+            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    return out.logits[0, -1].float()
+
+
+@contextmanager
+def _computing(model: Model, cache: WorkbenchCache) -> Iterator[None]:
+    """Without gradients; a device that is full becomes one sentence."""
     try:
         with torch.inference_mode():
-            out = model.network(
-                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            yield
     except (torch.cuda.OutOfMemoryError, MemoryError):
         raise _full(model, cache) from None
     except RuntimeError as error:
         if "not enough memory" not in str(error) and "out of memory" not in str(error).lower():
             raise
         raise _full(model, cache) from None
-    return out.logits[0, -1].float()
 
 
 def _full(model: Model, cache: WorkbenchCache) -> OutOfMemoryError:
@@ -63,10 +72,11 @@ def _full(model: Model, cache: WorkbenchCache) -> OutOfMemoryError:
 def read(
     model: Model, cache: WorkbenchCache, ids: list[int], chunk: int, control: Control
 ) -> Generator[int, None, Tensor]:
-    """Feed a prompt in chunks of at most ``chunk`` tokens, cut where the recipe acts within the prompt.
+    """Feed a prompt in chunks of at most ``chunk`` tokens, cut where the recipe acts within the prompt; layer by layer where
+    it lets tokens stay behind.
 
     Yields:
-        The number of tokens read so far, after each chunk.
+        The number of tokens read so far, after each chunk; layer by layer, as many as that share of the work.
 
     Returns:
         Logits [vocabulary] after the last token.
@@ -74,12 +84,39 @@ def read(
     Raises:
         Cancelled: ``control`` was cancelled between two chunks.
     """
+    if cache.recipe.needs_token_set:
+        return (yield from _read_by_layer(model, cache, ids, chunk, control))
     for start, stop in cache.recipe.chunks(len(ids), chunk):
         if control.cancelled:
             raise Cancelled
         logits = forward(model, cache, ids[start:stop])
         yield stop
     return logits
+
+
+def read_through(model: Model, cache: WorkbenchCache, ids: list[int], chunk: int) -> Tensor:
+    """:func:`read` without a stop between chunks: logits [vocabulary] after the last token."""
+    reading = read(model, cache, ids, chunk, Control())
+    while True:
+        try:
+            next(reading)
+        except StopIteration as finished:
+            return cast(Tensor, finished.value)
+
+
+def _read_by_layer(
+    model: Model, cache: WorkbenchCache, ids: list[int], chunk: int, control: Control
+) -> Generator[int, None, Tensor]:
+    with _computing(model, cache):
+        reading = LayerwisePrefill(model.loop, cache, torch.tensor([ids], device=model.device), chunk)
+    while not reading.finished:
+        if control.cancelled:
+            raise Cancelled
+        with _computing(model, cache):
+            reading.step()
+        yield reading.done
+    with _computing(model, cache):
+        return reading.logits().float()
 
 
 @dataclass
@@ -92,8 +129,9 @@ class Snapshot:
     seconds: float
 
     def serves(self, recipe: Recipe) -> bool:
-        """Whether a lane with ``recipe`` may start here: it looks only at the last queries of the prompt."""
-        return not recipe.needs_prompt and recipe.query_window <= SNAPSHOT_WINDOW
+        """Whether a lane with ``recipe`` may start here: every layer has every token, it looks at the last queries only."""
+        read_as_it_was = not recipe.needs_prompt and not recipe.needs_token_set
+        return read_as_it_was and recipe.query_window <= SNAPSHOT_WINDOW
 
     def fork(self, recipe: Recipe) -> WorkbenchCache:
         """The cache of a lane that read the prompt and then applied ``recipe``."""

@@ -161,10 +161,13 @@ class Strategy(Declared):
         family: eviction, quantization, …; title, paper, summary: for people.
         query_window: queries at the end of the prompt that the method votes with; 0 if none.
         needs_prompt: True when it must watch the prompt being read (then a finished prefill cannot be reused).
+        needs_token_set: True when it lets tokens of the prompt stay behind between two layers (``view.pass_on``): the
+            layers are then run one by one, which is no part of ``model.generate``.
         keeps_acting: True when it acts at every generated token.
         ragged: True when heads may keep different numbers of entries.
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
             recipe then act after that.
+        per_entry: names in a layer's state that hold a number for each entry, [B, H, n]; whoever evicts, they stay in step.
         alone: True when no other method may drop tokens in the same recipe.
         closing: True when it holds entries in a form that no other method can take over, so it comes last.
     """
@@ -180,7 +183,15 @@ class Strategy(Declared):
         return False
 
     @property
+    def per_entry(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
     def needs_prompt(self) -> bool:
+        return False
+
+    @property
+    def needs_token_set(self) -> bool:
         return False
 
     @property

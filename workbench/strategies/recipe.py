@@ -45,6 +45,19 @@ class Recipe:
         """Whether a strategy must watch the prompt being read."""
         return any(part.needs_prompt for part in self.parts)
 
+    @property
+    def needs_token_set(self) -> bool:
+        """Whether a strategy lets tokens of the prompt stay behind between two layers."""
+        return any(part.needs_token_set for part in self.parts)
+
+    def not_a_drop_in(self) -> RecipeError:
+        """Why a cache with this recipe cannot be handed to a model, which gives every layer every token."""
+        part = next(part for part in self.parts if part.needs_token_set)
+        return RecipeError(
+            f"{part.key} gives the later layers fewer tokens, which a cache in model.generate cannot do; run it with "
+            "wb.compare, kvw compare or the app, which drive the layers one by one."
+        )
+
     def chunks(self, length: int, most: int) -> list[tuple[int, int]]:
         """A prompt in pieces [start, stop) of at most ``most`` tokens, cut also where a strategy acts within it."""
         wanted = {cut for part in self.parts for cut in part.cuts(length) if 0 < cut < length}
@@ -160,6 +173,18 @@ def _check_order(parts: tuple[Strategy, ...]) -> None:
             f"{alone.resolved} goes by its own account of what is held, so no other method may evict beside it; take "
             f"{other.key} out."
         )
+    choosing = [part.key for part in parts if part.needs_token_set]
+    if len(choosing) > 1:
+        raise RecipeError(
+            f"{' and '.join(choosing)} would both choose the tokens that the later layers are given; use one of the two."
+        )
+    late = next((p for p in parts if p.spans_layers), None)
+    early = next((p for p in parts[parts.index(late) + 1 :] if p.needs_token_set), None) if late is not None else None
+    if late is not None and early is not None:
+        raise RecipeError(
+            f"{early.key} chooses between two layers what the later ones are given, but {late.key} lets the parts after it act "
+            f"only when all layers were read; put {early.key} first."
+        )
     acting = next((p for p in parts if p.family == "eviction" and p.keeps_acting), None)
     coded = next((p for p in parts if p.family == "quantization" or p.closing), None)
     if acting is not None and coded is not None:
@@ -171,4 +196,4 @@ def _check_order(parts: tuple[Strategy, ...]) -> None:
 
 
 def _drops_tokens(part: Strategy) -> bool:
-    return part.family == "eviction" and not part.closing
+    return part.needs_token_set or (part.family == "eviction" and not part.closing)

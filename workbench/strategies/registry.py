@@ -16,6 +16,7 @@ from workbench.strategies.eviction.compresskv import CompressKV
 from workbench.strategies.eviction.critical import CriticalKV
 from workbench.strategies.eviction.defensivekv import DefensiveKV, LayerDefensiveKV
 from workbench.strategies.eviction.expected_attention import ExpectedAttention
+from workbench.strategies.eviction.fastkv import FastKV
 from workbench.strategies.eviction.h2o import H2O
 from workbench.strategies.eviction.headkv import HeadKV
 from workbench.strategies.eviction.keydiff import KeyDiff
@@ -42,6 +43,7 @@ OURS: list[type[Strategy]] = [
     CompressKV,
     DefensiveKV,
     LayerDefensiveKV,
+    FastKV,
     ExpectedAttention,
     H2O,
     ObservedAttention,
@@ -81,11 +83,7 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def describe(cls: type[Strategy]) -> dict[str, Any]:
-    """A strategy for people and machines: what the CLI prints, the app draws and the docs list.
-
-    ``needs`` names the last queries of the prompt, and the commands that make what a model needs beforehand.
-    """
-    default = cls()
+    """A strategy for people and machines: what the CLI prints, the app draws and the docs list."""
     parameters = {}
     for name in cls.parameter_names():
         declared = cls.param[name]
@@ -103,8 +101,15 @@ def describe(cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "summary": cls.summary,
         "parameters": parameters,
-        "needs": [*(["queries"] if default.query_window else []), *(k.made_by("MODEL") for k in default.artifacts)],
+        "needs": needs(cls()),
     }
+
+
+def needs(part: Strategy) -> list[str]:
+    """What a strategy takes beside keys and values: the prompt's last queries, the choice of later layers' tokens, and the
+    commands that make what a model needs beforehand."""
+    beforehand = [kind.made_by("MODEL") for kind in part.artifacts]
+    return ["queries"] * bool(part.query_window) + ["token_set"] * part.needs_token_set + beforehand
 
 
 def strategies() -> list[dict[str, Any]]:

@@ -118,8 +118,8 @@ class Lesson:
         rope, prefix = layer.cache.geometry.ropes[layer.index], self.prefix
         q, k, v = query.q, layer.store.keys(), layer.store.values()
         at = torch.arange(prefix, device=q.device)
-        first = [rope.unrotate(x[:, :, :prefix], at) for x in (q, k)]
-        self.seen.append(features(*first, v[:, :, :prefix])[0])
+        bare_q, bare_k = (rope.unrotate(x[:, :, :prefix], at) for x in (q, k))
+        self.seen.append(features(bare_q, bare_k, v[:, :, :prefix])[0])
         later = q[0, :, prefix:].unflatten(0, (k.shape[1], -1)).float()  # [H, G, A, D]
         logits = torch.einsum("hgad,hpd->hgap", later, k[0, :, :prefix].float()) * query.scale
         self.wanted.append(label(logits))

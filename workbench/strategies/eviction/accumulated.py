@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,6 +19,10 @@ class AccumulatedAttention(Eviction):
     def needs_prompt(self) -> bool:
         return True
 
+    @property
+    def per_entry(self) -> frozenset[str]:
+        return frozenset({"received"})
+
     def received(self, view: LayerView) -> Tensor:
         """Attention each entry received so far: float32 [B, H, n]."""
         return newest(view.state["received"], view.length)
@@ -31,11 +34,6 @@ class AccumulatedAttention(Eviction):
             held = received.shape[-1] - view.chunk.shape[2]  # entries from before this chunk
             received[..., :held] += newest(before, held)
         view.state["received"] = received
-
-    def keep(self, view: LayerView, index: Tensor | Sequence[Tensor]) -> None:
-        if isinstance(index, Tensor):  # heads of different lengths are cut once only, and the sums are then done with
-            view.state["received"] = self.received(view).gather(-1, index)
-        view.keep(index)
 
     def forget(self, view: LayerView) -> None:
         if not self.keeps_acting:

@@ -255,6 +255,10 @@ class Wrapper(Eviction):
         return self.inner.needs_prompt
 
     @property
+    def per_entry(self) -> frozenset[str]:
+        return self.inner.per_entry
+
+    @property
     def score_window(self) -> int:
         return self.inner.score_window
 

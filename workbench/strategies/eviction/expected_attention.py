@@ -47,12 +47,13 @@ class ExpectedAttention(Eviction):
         geometry.ropes.require(self.key)
 
     def on_chunk(self, view: LayerView) -> None:
-        start = view.seen - view.chunk.shape[2]
-        at = torch.arange(start, view.seen, device=view.chunk.device)
-        q = view.rope.unrotate(view.chunk, at)[:, :, max(self.sinks - start, 0) :]  # [B, Hq, t, D]
-        count, before = q.shape[2], max(start - self.sinks, 0)
+        at = view.asked()
+        sinks = int((at < self.sinks).sum())
+        q = view.rope.unrotate(view.chunk, at)[:, :, sinks:]  # [B, Hq, t, D]
+        count, before = q.shape[2], int(view.state.get("queries", 0))
         if count == 0:
             return
+        view.state["queries"] = torch.tensor(before + count)
         mean, share = q.mean(2), count / (before + count)
         known = view.state.get("mean", torch.zeros_like(mean))
         shift = mean - known
@@ -72,7 +73,7 @@ class ExpectedAttention(Eviction):
         mean = (view.state["mean"] @ turn.mT).unflatten(1, (view.kv_heads, -1))  # [B, H, G, D]
         logits = torch.einsum("bhgd,bhnd->bhgn", mean, keys) * view.scale
         if self.use_covariance:
-            covariance = turn @ (view.state["spread"] / (view.seen - self.sinks)) @ turn.mT
+            covariance = turn @ (view.state["spread"] / int(view.state["queries"])) @ turn.mT
             for g, of_head in enumerate(covariance.unflatten(1, (view.kv_heads, -1)).unbind(2)):  # [B, H, D, D]
                 logits[:, :, g] += ((keys @ of_head) * keys).sum(-1) * (view.scale**2 / 2)
         weights = logits.masked_fill(sinks[:, :, None], -torch.inf).softmax(-1).mean(2)  # [B, H, n]
@@ -81,5 +82,5 @@ class ExpectedAttention(Eviction):
         return weights.masked_fill(sinks, PROTECTED)
 
     def forget(self, view: LayerView) -> None:
-        for name in ("mean", "spread"):
+        for name in ("queries", "mean", "spread"):
             view.state.pop(name, None)
