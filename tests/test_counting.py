@@ -25,9 +25,7 @@ def exact(q: Tensor, k: Tensor, window: int | None, softcap: float | None, sinks
         logits = softcap * torch.tanh(logits / softcap)
     tokens = q.shape[2]
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    logits = logits.masked_fill(
-        (distance < 0) | (distance >= (window if window is not None else tokens)), -math.inf
-    )
+    logits = logits.masked_fill((distance < 0) | (distance >= (window if window is not None else tokens)), -math.inf)
     if sinks is not None:
         logits = torch.cat([logits, sinks.double().view(-1, 1, 1).expand(-1, tokens, 1)], -1)
     return logits.softmax(-1)
@@ -65,9 +63,7 @@ def check(
             )  # fmt: skip
         done = stop
     if done < tokens:
-        outs.append(
-            attend_counting(q[:, :, done:], k, v, 0.3, counts, window=window, softcap=softcap, sinks=sinks)
-        )
+        outs.append(attend_counting(q[:, :, done:], k, v, 0.3, counts, window=window, softcap=softcap, sinks=sinks))
     everything = exact(q, k, window, softcap, sinks)
     weights = everything[..., :tokens]
     group = heads // k.shape[1]
@@ -82,7 +78,9 @@ def check(
     def by_row(x: Tensor) -> Tensor:
         return torch.zeros(heads, side, dtype=torch.float64).index_add_(1, rows, x)
 
-    torch.testing.assert_close(counts.entropy.double(), by_row(torch.special.entr(everything).sum(-1)), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        counts.entropy.double(), by_row(torch.special.entr(everything).sum(-1)), atol=1e-3, rtol=1e-4
+    )
     torch.testing.assert_close(counts.sink.double(), by_row(weights[..., :3].sum(-1)), **close)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
     for b in range(counts.distance.shape[1]):

@@ -238,7 +238,7 @@ class _HeadBlock:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         own = torch.arange(seen - rows, seen, device=q.device)[:, None]
         if self.window is None or r1 <= self.window:  # only among the queries' own entries is anything hidden
-            logits[..., seen - rows : seen].masked_fill_(own.T > own, HIDDEN_LOGIT)
+            logits[..., seen - rows : seen].masked_fill_(own < own.T, HIDDEN_LOGIT)
         else:
             entry = torch.arange(seen, device=q.device)
             logits[..., :seen].masked_fill_((entry > own) | (entry <= own - self.window), HIDDEN_LOGIT)
