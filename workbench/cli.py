@@ -207,10 +207,14 @@ def calibrate_headkv(
 def bench(
     subject: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUBJECT]…", help="speed, bytes, load, rerun, app; all of them if none is named."),
+        typer.Argument(
+            metavar="[SUBJECT]…", help="speed, bytes, load, rerun, app, inspect; all of them if none is named."
+        ),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="Recipes for speed; may repeat.")] = None,
-    length: Annotated[list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed; may repeat.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed and inspect; may repeat.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to measure.")] = False,
     json_file: JsonFile = None,

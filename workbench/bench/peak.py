@@ -38,7 +38,7 @@ def measure_peaks(
     from workbench.bench.speed import LENGTHS, PLAIN, RECIPES
     from workbench.bench.subjects import subjects
 
-    if not _can_count():
+    if not can_count():
         return []
     names = [PLAIN, *dict.fromkeys(["full", *(recipes or RECIPES)])]
     out = []
@@ -47,7 +47,10 @@ def measure_peaks(
             lanes: dict[str, dict[str, float]] = {}
             for name in names:
                 tell(f"peak memory: {model}, {length:,} tokens, {name}")
-                runs = [_in_own_process(model, length, name) for _ in range(1 if quick else min(rounds or 3, 3))]
+                runs = [
+                    in_own_process("workbench.bench.peak", model, str(length), name)
+                    for _ in range(1 if quick else min(rounds or 3, 3))
+                ]
                 lanes[name] = {key: statistics.median(run[key] for run in runs) for key in ("added", "total")}
             for lane in lanes.values():
                 lane["added_ratio"] = round(lane["added"] / max(1.0, lanes[PLAIN]["added"]), 4)
@@ -56,13 +59,25 @@ def measure_peaks(
     return out
 
 
-def _in_own_process(model: str, length: int, name: str) -> dict[str, float]:
+def in_own_process(module: str, *arguments: str) -> dict[str, float]:
+    """The JSON that a module prints in a process of its own, where freed memory is given back at once."""
     environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "workbench.bench.peak", model, str(length), name]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring {name} at {length} tokens failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"measuring {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1:]}")
     return dict(json.loads(done.stdout))
+
+
+def high_water(work: Callable[[], Any]) -> dict[str, int]:
+    """Bytes at the peak of some work: ``added`` to what was resident before, and ``total``."""
+    gc.collect()
+    CLEAR.write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    held = work()
+    peak = _status("VmHWM")
+    del held
+    return {"added": peak - before, "total": peak}
 
 
 def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
@@ -79,16 +94,16 @@ def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
     one.prefill(ids[:, :64])  # the libraries' own buffers are no part of it
     one.decode(following[:, :2])
     one.cache = None
-    gc.collect()
-    CLEAR.write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    one.prefill(ids)
-    one.decode(following)
-    peak = _status("VmHWM")
-    return {"added": peak - before, "total": peak}
+
+    def work() -> None:
+        one.prefill(ids)
+        one.decode(following)
+
+    return high_water(work)
 
 
-def _can_count() -> bool:
+def can_count() -> bool:
+    """Whether the kernel tells a process's peak, and lets it start anew."""
     try:
         CLEAR.write_text("5")
     except OSError:

@@ -15,7 +15,7 @@ from rich.table import Table
 from workbench.commands.output import check_target, console, size, write_result
 from workbench.errors import WorkbenchError
 
-SUBJECTS = ("speed", "bytes", "load", "rerun", "app")
+SUBJECTS = ("speed", "bytes", "load", "rerun", "app", "inspect")
 
 
 def measure(
@@ -35,6 +35,7 @@ def measure(
     check_target(json_file)
     from workbench.bench.app import measure_app
     from workbench.bench.cache_bytes import measure_bytes
+    from workbench.bench.inspect import measure_inspect
     from workbench.bench.latency import measure_load, measure_rerun
     from workbench.bench.machine import commit, describe_machine
     from workbench.strategies.recipe import Recipe
@@ -53,6 +54,7 @@ def measure(
         "load": lambda: measure_load(rounds, quick, _tell),
         "rerun": lambda: measure_rerun(rounds, quick, _tell),
         "app": lambda: measure_app(rounds, quick, _tell),
+        "inspect": lambda: measure_inspect(lengths, rounds, quick, _tell),
     }
     failed: dict[str, str] = {}
     out = console() if json_file is None else Console(stderr=True, width=160, highlight=False)
@@ -99,10 +101,11 @@ def _speed(recipes: list[str] | None, lengths: list[int] | None, rounds: int | N
 
 
 def _missed(result: dict[str, Any]) -> bool:
-    """Whether a speed was refused or a figure for bytes was not reached."""
+    """Whether a speed was refused, or a figure for bytes or for inspecting was not reached."""
     refused = any("refused" in case for case in result.get("speed", {}).get("times", []))
     lanes = [lane for case in result.get("bytes", []) for lane in case["lanes"].values()]
-    return refused or any(lane["reached"] is False for lane in lanes)
+    inspected = [reached for case in result.get("inspect", []) for reached in case["reached"].values()]
+    return refused or any(lane["reached"] is False for lane in lanes) or not all(inspected)
 
 
 def _show_speed(speed: dict[str, Any], out: Console) -> None:
@@ -149,6 +152,32 @@ def _show_bytes(cases: list[dict[str, Any]], out: Console) -> None:
         out.print(table)
 
 
+def _show_inspect(cases: list[dict[str, Any]], out: Console) -> None:
+    for case in cases:
+        out.print(
+            f"{case['model']}, {case['dtype']}, {case['tokens']:,} tokens, {case['heads']} heads; read: {case['read']}",
+            markup=False,
+        )
+        table = Table("reading", "s", "ratio")
+        for way, found in case["prefill"].items():
+            table.add_row(way, f"{found['seconds']:.3f}", f"{found['ratio']:.3f}x")
+        out.print(table)
+        memory = case["memory"]
+        out.print(f"held per head {size(memory['held_per_head'])}", markup=False)
+        if "peak_extra" in memory:
+            out.print(f"peak beyond plain {size(memory['peak_extra'])}, per head {size(memory['peak_extra_per_head'])}")
+        for key, value in case.get("matrices", {}).items():
+            out.print(f"against output_attentions=True, {key}: {value}", markup=False)
+        table = Table("tile", "p50 ms", "p95 ms", "most ms", "rows", "of")
+        for view, tile in case["tiles"].items():
+            waits = (f"{tile[k]:.0f}" for k in ("p50_ms", "p95_ms", "max_ms"))
+            table.add_row(view, *waits, "-".join(map(str, sorted(set(tile["rows"])))), f"{tile['rows_in_view']:,}")
+        out.print(table)
+        out.print("sent: " + ", ".join(f"{key} {size(count)}" for key, count in case["payload"].items()), markup=False)
+        for goal, reached in case["reached"].items():
+            out.print(f"{goal.replace('_', ' ')}: {'reached' if reached else 'MISSED'}", markup=False)
+
+
 def _show_waits(found: dict[str, Any], out: Console) -> None:
     if "skipped" in found:
         out.print(f"Not measured: {found['skipped']}.", markup=False)
@@ -167,4 +196,5 @@ SHOW: dict[str, Callable[[Any, Console], None]] = {
     "load": _show_waits,
     "rerun": _show_waits,
     "app": _show_waits,
+    "inspect": _show_inspect,
 }

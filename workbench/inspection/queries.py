@@ -85,7 +85,10 @@ class Queries:
         """Keep a copy of those of a chunk's queries that are to be held."""
         first, stop = torch.searchsorted(self.at, torch.tensor([query.start, query.stop]))
         at = self.at[first:stop]
-        rows = Rows(at, query.q[0][:, (at - query.start).to(query.q.device)])
+        self.hold_rows(layer, Rows(at, query.q[0][:, (at - query.start).to(query.q.device)]))
+
+    def hold_rows(self, layer: int, rows: Rows) -> None:
+        """Keep these queries from now on; none of their positions is held yet."""
         self._held[layer] = self._held[layer].joined(rows) if layer in self._held else rows
 
     def of(self, layer: int, at: Tensor) -> Tensor:
