@@ -245,12 +245,12 @@ def random_queries(trace: AttentionTrace, past: int) -> None:
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 def _peaks(name: str, length: int, heads: int, matrices: bool, tell: Callable[[str], None]) -> dict[str, float]:
-    """Peak resident bytes beyond those of plain prefill, all and per head; and against the matrices' where they were run."""
+    """Peak resident bytes beyond those of reading without counting, in the same chunks; and against those of the matrices."""
     added = {}
-    for way in ("plain", "inspect", *(["matrices"] if matrices else [])):
+    for way in ("plain", "full", "inspect", *(["matrices"] if matrices else [])):
         tell(f"inspect: {name}, {length:,} tokens, peak of {way}")
         added[way] = in_own_process("workbench.bench.inspect", name, str(length), way)["added"]
-    extra = max(0.0, added["inspect"] - added["plain"])
+    extra = max(0.0, added["inspect"] - added["full"])
     found = {"peak_extra": extra, "peak_extra_per_head": extra / heads}
     if matrices:
         found["extra_of_matrices"] = round(extra / max(1.0, added["matrices"] - added["plain"]), 4)
@@ -260,7 +260,7 @@ def _peaks(name: str, length: int, heads: int, matrices: bool, tell: Callable[[s
 def peak_of(name: str, length: int, way: str) -> dict[str, int]:
     """Bytes at the peak of one way of reading a prompt."""
     model = subject(name)
-    read = {"plain": _plain, "inspect": _inspect, "matrices": _matrices}[way](model)
+    read = {"plain": _plain, "full": _full, "inspect": _inspect, "matrices": _matrices}[way](model)
     read(64)  # the libraries' own buffers are no part of it
     return high_water(lambda: read(length))
 

@@ -165,7 +165,7 @@ def _show_inspect(cases: list[dict[str, Any]], out: Console) -> None:
         memory = case["memory"]
         out.print(f"held per head {size(memory['held_per_head'])}", markup=False)
         if "peak_extra" in memory:
-            out.print(f"peak beyond plain {size(memory['peak_extra'])}, per head {size(memory['peak_extra_per_head'])}")
+            out.print(f"peak beyond full {size(memory['peak_extra'])}, per head {size(memory['peak_extra_per_head'])}")
         for key, value in case.get("matrices", {}).items():
             out.print(f"against output_attentions=True, {key}: {value}", markup=False)
         table = Table("tile", "p50 ms", "p95 ms", "most ms", "rows", "of")

@@ -98,7 +98,7 @@ class Run:
         return LaneDone(number, self.lanes[number])
 
     def comparison(self) -> Comparison:
-        return Comparison(self.model, self.prompt, self.lanes, self.reference, self.trace)
+        return Comparison(self.model, self.prompt, self.lanes, self.reference, self.trace, self.settings.chunk)
 
 
 def stream(
