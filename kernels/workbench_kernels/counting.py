@@ -20,6 +20,7 @@ from workbench_kernels.codes import encode_weights
 ROWS = 128  # queries in a block: enough for the matrix product to be at its best
 CELLS = 1 << 22  # logits of one head in a block at most: 16 MiB
 BATCH_CELLS = 1 << 20  # logits of a block up to which several heads go together
+TELLING = 1e-30  # a weight from which the logarithm of the sum can be told; float32 ends at 1e-38
 HIDDEN_LOGIT = -1e30  # not -inf: zero weight times it is zero
 
 
@@ -195,18 +196,17 @@ class _HeadBlock:
         for r0 in range(q0, q1, step):
             r1 = min(q1, r0 + step)
             weights, logits = self._weights(r0, r1)
-            used = weights[..., : r1 - self._first(r0)]
+            seen, at = r1 - self._first(r0), slice(self._first(r0) - first, r1 - first)
+            used = weights[..., :seen]
             by_line = used.unflatten(1, (lines, -1))  # [h * g, lines, queries of a line, m]
-            at = slice(self._first(r0) - first, r1 - first)
-            sums[..., at] += by_line.sum(2)
+            sums[..., at] += _sum_rows(by_line.flatten(0, 1)).view(*sums.shape[:2], -1)
             torch.maximum(most[..., at], by_line.amax(2), out=most[..., at])
-            # -sum p ln p = lse - sum p s, and the largest weight gives the lse away.
-            lse = logits.amax(-1) - weights.amax(-1).log_()
-            entropy += (lse - logits.mul_(weights).sum(-1)).unflatten(1, (lines, -1)).sum(2)
-            _add_distances(self.profile, weights, used.shape[-1])
-            grouped = used.reshape(self.v.shape[0], -1, used.shape[-1])  # [h, g * R, m]
+            _add_distances(self.profile, weights, seen)
+            grouped = used.reshape(self.v.shape[0], -1, seen)  # [h, g * R, m]
             read = torch.bmm(grouped, self.v[:, self._first(r0) : r1].float())
             self.out[:, r0 - self.start : r1 - self.start] = read.view(*used.shape[:2], -1)
+            lse = _log_sum_exp(logits, weights, seen)
+            entropy += (lse - logits.mul_(weights).sum(-1)).unflatten(1, (lines, -1)).sum(2)  # -sum p ln p
         row = slice(q0 // counts.cell, q0 // counts.cell + lines)
         counts.columns[:, first:q1] += sums.sum(1)
         counts.entropy[:, row] += entropy
@@ -265,12 +265,29 @@ def _pooled(sums: Tensor, most: Tensor, first: int, cell: int, side: int) -> tup
     return total.sum(-1), peak.amax(-1)
 
 
+def _sum_rows(x: Tensor) -> Tensor:
+    """[b, R, m] -> [b, m]; a product with ones reads memory faster than a sum over rows does."""
+    return torch.bmm(x.new_ones(x.shape[0], 1, x.shape[1]), x)[:, 0]
+
+
+def _log_sum_exp(logits: Tensor, weights: Tensor, seen: int) -> Tensor:
+    """[h, R] of logits and their softmax [h, R, >= m], whose own entries are the last R of m.
+
+    Any entry gives it away, z - ln p, as long as its weight is not too small to be told from nothing: the own one, mostly.
+    """
+    rows = weights.shape[1]
+    own, logit = (x[..., seen - rows : seen].diagonal(dim1=1, dim2=2) for x in (weights, logits))
+    if bool((own < TELLING).any()):
+        own, logit = weights.amax(-1), logits.amax(-1)
+    return logit - own.log()
+
+
 def _add_distances(profile: Tensor, weights: Tensor, seen: int) -> None:
     """Add weights [h, R, >= m] of the last R of m entries to ``profile`` [h, >= m] by distance 0 to m - 1."""
     heads, rows, width = weights.shape
     # A diagonal is a distance: the same memory read with rows one entry longer has the diagonals as its columns.
     full = weights.as_strided((heads, rows, seen - rows + 1), (rows * width, width + 1, 1), weights.storage_offset())
-    profile[:, : seen - rows + 1] += full.sum(1).flip(-1)
+    profile[:, : seen - rows + 1] += _sum_rows(full).flip(-1)
     if rows > 1:  # the diagonals that begin below the first row
         corner = weights.new_zeros(heads, rows, 2 * rows)
         corner[..., rows:] = weights[..., :rows].tril(-1)
