@@ -254,7 +254,7 @@ def test_a_codec_that_follows_waits_and_packs_what_stays_once(recipe: str) -> No
     together, alone = run(f"{recipe} | {codec}"), run(recipe)
     part: Any = Recipe.parse(codec).parts[0]
     for ours, theirs in zip(together.layers, alone.layers, strict=True):
-        theirs.store.recode(part)
+        theirs.store.recode(part.codec())
         for row in range(2):
             assert all(map(torch.equal, ours.store.entries(row), theirs.store.entries(row)))
             assert ours.store.packed(row) == theirs.store.packed(row)

@@ -15,7 +15,7 @@ from torch import Tensor
 import workbench as wb
 from tests.builders import build, cache_for, feed, prompt
 from workbench.cache.affine import dequantize, quantize
-from workbench.cache.packed import PackedSegment
+from workbench.cache.coded import CodedSegment
 from workbench.cache.segments import Query
 from workbench.strategies.quantization.kivi import KIVI
 from workbench_kernels import attention_reference, unpack
@@ -117,18 +117,20 @@ def test_card_attention_before_and_after() -> None:
         torch.testing.assert_close(ours.flatten(), torch.tensor(out), atol=2e-6, rtol=0)
 
 
-def lengths(segment: PackedSegment) -> tuple[int, int, int, int]:
-    return segment.packed_keys, segment.key_residual.length, segment.packed_values, segment.value_residual.length
+def lengths(segment: CodedSegment) -> tuple[int, int, int, int]:
+    keys, values = segment.key_side, segment.value_side
+    return keys.coded, keys.residual.length, values.coded, values.residual.length
 
 
-def fill(tokens: int, codec: KIVI, dim: int = 32, dtype: torch.dtype = torch.float32) -> PackedSegment:
+def fill(tokens: int, codec: KIVI, dim: int = 32, dtype: torch.dtype = torch.float32) -> CodedSegment:
     k, v = torch.randn(2, 1, 2, tokens, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return codec.encode(k, v, None, 0)
+    return codec.codec().encode(k, v, None, 0)
 
 
-def step(segment: PackedSegment, count: int = 1) -> None:
+def step(segment: CodedSegment, count: int = 1) -> None:
     for _ in range(count):
-        k = torch.randn(1, 2, 1, segment.key_residual.view().shape[3]).to(segment.key_residual.view().dtype)
+        newest = segment.key_side.residual.view()
+        k = torch.randn(1, 2, 1, newest.shape[3]).to(newest.dtype)
         segment.append(k, k, segment.length)
         segment.settle()
 
@@ -182,7 +184,7 @@ def test_keys_are_grouped_along_tokens_and_values_along_channels() -> None:
     k, v = torch.rand(2, 1, 1, 64, 32, generator=torch.Generator().manual_seed(0))
     k[..., 5] *= 1000
     v[..., 7, :] *= 1000
-    segment = KIVI(bits=4, group_size=32, residual_length=32).encode(k, v, None, 0)
+    segment = KIVI(bits=4, group_size=32, residual_length=32).codec().encode(k, v, None, 0)
     keys, values, _ = segment.entries(0)
     others = [c for c in range(32) if c != 5]
     assert (keys - k[0, 0])[:, others].abs().max() < 0.04

@@ -152,6 +152,20 @@ def test_the_needle_is_the_top_source() -> None:
     assert len(trace.top(0, 1)[0]) == 2  # as many as there are
 
 
+def test_retained_mass_of_a_kept_set_for_all_queries_and_for_one() -> None:
+    trace, exact = traced("llama"), attentions("llama")
+    cmp = wb.compare(build(), prompt(TOKENS), ["full", "snapkv(budget=30, window=8)"], max_new_tokens=1)
+    kept = cmp[1].kept_positions
+    for layer in range(3):
+        for head in range(4):
+            mine = kept[layer][head // 2]
+            wanted = exact[layer, head][:, mine].sum() / TOKENS
+            assert trace.retained(kept)[layer, head] == pytest.approx(float(wanted), rel=1e-3)
+            one = exact[layer, head, 149, mine].sum()
+            assert trace.retained(kept, query=149)[layer, head] == pytest.approx(float(one), rel=1e-3)
+    torch.testing.assert_close(trace.retained(cmp[0].kept_positions), torch.ones(3, 4))
+
+
 def test_thumbnails_keep_the_largest() -> None:
     trace = traced("llama")
     small = trace.thumbnails(32)

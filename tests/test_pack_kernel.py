@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernel_paths import ALL_PATHS, KERNELS, Path
 from workbench_kernels import pack, unpack, unpack_float
 
-NO_TRITON = importlib.util.find_spec("triton") is None
-KERNEL = [False, pytest.param(True, marks=pytest.mark.skipif(NO_TRITON, reason="triton is not installed here"))]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPU = Path("cpu", False)
 
 
-def codes_of(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
+def codes_of(shape: tuple[int, ...], bits: int, seed: int = 0, path: Path = CPU) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator).to(DEVICE)
+    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator).to(path.device)
 
 
-@pytest.mark.parametrize("kernel", KERNEL)
+@pytest.mark.parametrize("path", ALL_PATHS)
 @pytest.mark.parametrize(
     "codes, bits, word",
     [
@@ -31,28 +28,28 @@ def codes_of(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
         ([1, 2, 3, 255], 8, -16580095),  # 0xFF030201
     ],
 )
-def test_words_by_hand(codes: list[int], bits: int, word: int, kernel: bool) -> None:
-    packed = pack(torch.tensor(codes, dtype=torch.uint8, device=DEVICE), bits, kernel=kernel)
+def test_words_by_hand(codes: list[int], bits: int, word: int, path: Path) -> None:
+    packed = pack(torch.tensor(codes, dtype=torch.uint8, device=path.device), bits, kernel=path.kernel)
     assert packed.tolist() == [word]
-    assert unpack(packed, bits, kernel=kernel).tolist() == codes
+    assert unpack(packed, bits, kernel=path.kernel).tolist() == codes
 
 
-@pytest.mark.skipif(NO_TRITON, reason="triton is not installed here")
+@pytest.mark.parametrize("path", KERNELS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (257,), (2, 1, 3, 7), (1024,)], ids=str)
-def test_the_kernel_equals_the_twin(shape: tuple[int, ...], bits: int) -> None:
-    codes = codes_of((*shape[:-1], shape[-1] * 32 // bits), bits)
+def test_the_kernel_equals_the_twin(shape: tuple[int, ...], bits: int, path: Path) -> None:
+    codes = codes_of((*shape[:-1], shape[-1] * 32 // bits), bits, path=path)
     words = pack(codes, bits, kernel=True)
     assert words.dtype == torch.int32 and torch.equal(words, pack(codes, bits, reference=True))
     assert torch.equal(unpack(words, bits, kernel=True), codes)
     assert torch.equal(unpack(words, bits, reference=True), codes)
 
 
-@pytest.mark.parametrize("kernel", KERNEL)
+@pytest.mark.parametrize("path", ALL_PATHS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_transposed_input_is_read_in_its_own_order(bits: int, kernel: bool) -> None:
-    codes = codes_of((32, 6), bits).T
-    assert torch.equal(unpack(pack(codes, bits, kernel=kernel).T.contiguous().T, bits, kernel=kernel), codes)
+def test_a_transposed_input_is_read_in_its_own_order(bits: int, path: Path) -> None:
+    codes = codes_of((32, 6), bits, path=path).T
+    assert torch.equal(unpack(pack(codes, bits, kernel=path.kernel).T.contiguous().T, bits, kernel=path.kernel), codes)
 
 
 @settings(deadline=None, max_examples=60)

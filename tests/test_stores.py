@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workbench.cache.packed import PackedSegment
-from workbench.cache.ragged import RaggedSegment
+from tests.held import held_by
+from workbench.cache.coded import PairCodec
+from workbench.cache.schemes.base import Verbatim
+from workbench.cache.schemes.blockfloat import BlockFloat
+from workbench.cache.schemes.rotated import Rotated
 from workbench.cache.segments import DenseSegment, Query
 from workbench.cache.store import Store
+from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
+from workbench.strategies.quantization.mikv import ImportanceCodec, MiKV
+from workbench.strategies.quantization.rotatekv import RotatedCodec
+from workbench.strategies.quantization.rtn import RTN
+from workbench.strategies.quantization.zipcache import MixedCodec
 from workbench_kernels import attend, attention_reference, attention_sums, merge_partials
 
 BATCH, HEADS, GROUP, DIM = 2, 2, 3, 16
 ROWS = BATCH * HEADS
-SMALL = KIVI(bits=4, group_size=16, residual_length=16)
+SMALL = KIVI(bits=4, group_size=16, residual_length=16).codec()
+EIGHT = MixedCodec(8, 8, 0.4)
+SINKS = torch.tensor([[0, 3], [1, 2]], dtype=torch.int32)
+CODECS: list[Any] = [
+    SMALL,
+    RTN(bits=8, axis="channel", group_size=16).codec(),
+    RTN(bits="fp8", group_size=16, residual_length=3).codec(),
+    GEAR(bits=4, group_size=16, residual_length=16, outliers=0.2).codec(),
+    GEAR(bits=4, backbone="kcvt", residual_length=16).codec(),
+    EIGHT,
+    ImportanceCodec(MiKV(bits=8, importance=0.4), torch.ones(BATCH, HEADS, DIM)),
+    PairCodec(BlockFloat(8, 16), Verbatim("values")),
+    RotatedCodec(PairCodec(Rotated(HEADS, 8, 16, 1.0, 2), Rotated(HEADS, 8, 16, 1.0, 1)), SINKS),
+]
 
 
 @dataclass
@@ -131,7 +153,7 @@ def test_store_follows_the_naive_model_through_any_sequence(steps: list, seed: i
         elif action == "clone":
             alive.append((store.clone(), naive, seen))
         elif action == "recode":
-            store.recode(SMALL)
+            store.recode(CODECS[number % len(CODECS)])
         else:
             lengths = store.lengths
             if action == "keep" and store.uniform:
@@ -203,6 +225,7 @@ def test_the_last_queries_keep_their_positions_over_chunks_with_gaps() -> None:
 
 
 KINDS = ["dense", "cloned", "evicted", "ragged", "packed", "packed-evicted", "packed-ragged", "two-segments"]
+KINDS += "tiered tiered-ragged sinks sinks-evicted importance importance-ragged".split()
 KINDS += ["ragged-with-an-empty-row", "packed-ragged-with-an-empty-row", "all-rows-empty"]
 
 
@@ -221,6 +244,9 @@ def make(kind: str, tokens: int = 60) -> tuple[Store, int]:
         store.keep([row[:0] for row in index])
     if "packed" in kind:
         store.recode(SMALL)
+    for name, codec in (("tiered", EIGHT), ("importance", CODECS[6]), ("sinks", CODECS[8])):
+        if name in kind:
+            store.recode(codec)
     if kind == "two-segments":
         store.segments.append(DenseSegment(BATCH, HEADS, tokens - 10))
     store.append(*chunk(7, generator), tokens - 10)
@@ -264,23 +290,10 @@ def test_a_replayed_query_attends_as_it_did_when_it_was_appended(kind: str, wind
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_of_the_tensors_held(kind: str) -> None:
     store, _ = make(kind)
-    segments = [
-        s for segment in store.segments for s in (segment.rows if isinstance(segment, RaggedSegment) else [segment])
-    ]
-    total = 0
-    for segment in segments:
-        growing = (
-            ["k", "v"]
-            if isinstance(segment, DenseSegment)
-            else [f"{side}_{what}" for side in ("key", "value") for what in ("codes", "scale", "low")]
-        )
-        tensors = [b for name in growing for b in getattr(segment, name).blocks()]
-        if isinstance(segment, PackedSegment):
-            tensors += [segment.key_residual.view(), segment.value_residual.view()]
-        if segment.at is not None:
-            tensors += segment.at.blocks()
-        total += sum(x.numel() * x.element_size() for x in tensors)
-        assert len({(x.data_ptr(), x.shape) for x in tensors if x.numel()}) == len([x for x in tensors if x.numel()])
+    tensors = {id(x): x for x in held_by(store.segments)}.values()
+    filled = [x for x in tensors if x.numel()]
+    assert len({(x.data_ptr(), x.shape) for x in filled}) == len(filled)
+    total = sum(x.numel() * x.element_size() for x in tensors)
     assert total == sum(store.nbytes().values())
 
 

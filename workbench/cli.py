@@ -230,17 +230,31 @@ def calibrate_headkv(
     raise typer.Exit(calibrate("headkv", model, samples, out, device, dtype))
 
 
+@calibrate_app.command("rotatekv")
+def calibrate_rotatekv(
+    model: ModelName,
+    samples: Samples = 80,
+    out: Target = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Measure how large each channel of the rotated keys is, for the order in which channels share scales."""
+    from workbench.commands.calibrate import calibrate
+
+    raise typer.Exit(calibrate("rotatekv", model, samples, out, device, dtype))
+
+
 @app.command()
 def bench(
     subject: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SUBJECT]…", help="speed, bytes, load, rerun, app, inspect; all of them if none is named."
+            metavar="[SUBJECT]…", help="speed, bytes, kernels, load, rerun, app, inspect; all of them if none is named."
         ),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="Recipes for speed; may repeat.")] = None,
     length: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed and inspect; may repeat.")
+        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed, kernels and inspect; may repeat.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to measure.")] = False,

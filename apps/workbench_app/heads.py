@@ -14,6 +14,7 @@ from workbench.inspection.why import reference_attention
 from workbench_app import formats
 from workbench_app.ask import LaneState
 from workbench_app.looks import BAR, HEADS, TEXT
+from workbench_app.selection import head_on_show, lane_on_show
 from workbench_app.session import Session
 from workbench_app.state import UIState
 from workbench_widgets import TokenStatus
@@ -117,18 +118,13 @@ class Heads(pn.viewable.Viewer):
         self.table_switch.param.watch(lambda _: self.refresh(), "value")
         self.matrix.param.watch(self._head_chosen, "selected")
         self.strip.param.watch(lambda event: self.state.param.update(key=event.new["token"]), "selected")
-        state.param.watch(lambda *_: self.refresh(), ["lane", "layer", "head", "query", "metric"])
+        state.param.watch(lambda *_: self.refresh(), ["lane", "layer", "head", "query", "key", "metric"])
 
     def __panel__(self) -> Any:
         return self._view
 
-    @property
-    def lane(self) -> LaneState | None:
-        lane = self._session.lane(self.state.lane) if self.state.lane is not None else None
-        return lane or self._session.reference
-
     def _lane_chosen(self, event: Any) -> None:
-        lane, session = self.lane, self._session
+        lane, session = lane_on_show(self._session, self.state), self._session
         places = {formats.look(place).letter: other for place, other in enumerate(session.lanes)}
         chosen = places.get(event.new)
         if chosen is not None and chosen is not lane:
@@ -137,22 +133,13 @@ class Heads(pn.viewable.Viewer):
     def _head_chosen(self, event: Any) -> None:
         self.state.param.update(layer=event.new["layer"], head=event.new["head"], settled=True)
 
-    def _head(self, lane: LaneState) -> tuple[int, int] | None:
-        """The head on show; where none was picked, the one that lost most, or one in the middle."""
-        if not lane.kept:
-            return None
-        layer, head = self.state.layer, self.state.head
-        if layer is None or head is None:
-            lost = np.asarray(lane.why.lost_mass if lane.why is not None else [])
-            if lost.size and lost.max() > 0:
-                layer, head = (int(i) for i in np.unravel_index(int(lost.argmax()), lost.shape))
-            else:
-                layer, head = len(lane.kept) // 2, 0
-        return min(layer, len(lane.kept) - 1), min(head, len(lane.kept[0]) - 1)
+    def reveal(self) -> None:
+        """Bring the token strip into sight."""
+        self.strip.reveal += 1
 
     def refresh(self) -> None:
         """Bring the views up to date; nothing is sent when nothing changed."""
-        session, lane = self._session, self.lane
+        session, lane = self._session, lane_on_show(self._session, self.state)
         if lane is None:
             return
         letters = [formats.look(place).letter for place in range(len(session.lanes))]
@@ -164,11 +151,13 @@ class Heads(pn.viewable.Viewer):
         metric = next(m for m in METRICS if m.name == self.state.metric)
         if self.metric.value != metric.name:
             self.metric.value = metric.name
-        head = self._head(lane)
+        head = head_on_show(lane, self.state)
         state = (
             lane.key, look, metric.name, head, self.state.query, self.table_switch.value, id(lane.kept), id(lane.memory),
             id(lane.drift), id(lane.why), len(session.texts), session.evidence,
         )  # fmt: skip
+        if self.state.key is not None and self.strip.picked != self.state.key:
+            self.strip.picked = self.state.key
         if state == self._drawn:
             return
         self._drawn = state

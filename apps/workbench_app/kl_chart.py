@@ -8,6 +8,7 @@ from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, Range1d
 from bokeh.plotting import figure
 
 from workbench_app import formats
+from workbench_app.charts import BARE, plain
 
 if TYPE_CHECKING:
     from workbench_app.session import Session
@@ -25,26 +26,14 @@ class KLChart:
             y_axis_type="log",
             y_range=Range1d(FLOOR * 0.6, TOP),
             x_range=Range1d(-0.6, 16),
-            toolbar_location=None,
-            tools="",
-            background_fill_alpha=0,
-            border_fill_alpha=0,
-            outline_line_alpha=0,
+            **BARE,
         )
         plot = self.figure
         plot.xaxis.axis_label = "token of the reference's answer"
         plot.yaxis.axis_label = "KL, nats (log)"
         plot.yaxis.ticker = FixedTicker(ticks=[1e-6, 1e-4, 1e-2, 1, 10])
         plot.yaxis.major_label_overrides = {1e-6: "≤ 10⁻⁶", 1e-4: "10⁻⁴", 1e-2: "0.01", 1: "1", 10: "10"}
-        plot.xgrid.visible = False
-        plot.ygrid.grid_line_alpha = 0.25
-        plot.min_border = 4
-        for axis in (plot.xaxis, plot.yaxis):
-            axis.axis_label_text_font_style = "normal"
-            axis.axis_label_text_font_size = "12px"
-            axis.major_label_text_font_size = "12px"
-            axis.minor_tick_line_color = None
-            axis.axis_line_alpha = axis.major_tick_line_alpha = 0.4
+        plain(plot)
         self._hover = HoverTool(tooltips=[("lane", "@name"), ("token", "@x “@text”"), ("KL", "@kl nats")], renderers=[])
         plot.add_tools(self._hover)
         plot.line([], [])  # Bokeh warns about a plot without lines

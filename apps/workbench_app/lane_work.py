@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import workbench as wb
@@ -93,6 +93,14 @@ class Told:
     data: Any = None
 
 
+@dataclass
+class Change:
+    """What a batch of news touched."""
+
+    lanes: set[int] = field(default_factory=set)
+    topics: set[str] = field(default_factory=set)  # lanes (added, moved…), model, prompt, notice, why, texts, looked
+
+
 @dataclass(frozen=True)
 class Task:
     """One lane to run."""
@@ -117,7 +125,7 @@ class LaneWork:
     """Runs lanes on the worker thread, keeping the prompt's snapshot and the reference's trace for the next."""
 
     def __init__(self, post: Callable[[Any, Urgency], None]) -> None:
-        self._post = post
+        self.post = post
         self._contexts: OrderedDict[tuple[Ask, str], Context] = OrderedDict()
         self._snapshots: OrderedDict[tuple[str, str], Snapshot] = OrderedDict()
         self._texts: OrderedDict[tuple[str, str], list[str]] = OrderedDict()
@@ -133,16 +141,20 @@ class LaneWork:
         context = self._contexts.get((ask, base))
         return None if context is None else context.trace
 
+    def snapshot(self, ask: Ask) -> Snapshot | None:
+        """The state after the prompt, if it is still held."""
+        return self._snapshots.get((ask.model, ask.text))
+
     def run_lane(self, task: Task, control: Control) -> None:
         """Run one lane and say what happens; an unexpected failure becomes one sentence, the log has the rest."""
         try:
             self._run(task, control)
         except wb.WorkbenchError as error:
-            self._post(Failed(task.lane, task.run, str(error)), Urgency.NOW)
+            self.post(Failed(task.lane, task.run, str(error)), Urgency.NOW)
         except Exception as error:
             LOG.exception("lane %s failed", task.recipe.text)
             sentence = f"Something failed inside {_module(error)}; the server's log has the details."
-            self._post(Failed(task.lane, task.run, sentence), Urgency.NOW)
+            self.post(Failed(task.lane, task.run, sentence), Urgency.NOW)
 
     def _run(self, task: Task, control: Control) -> None:
         """Where the reference's trace was dropped since, the reference runs first, unseen."""
@@ -176,24 +188,24 @@ class LaneWork:
             if isinstance(event, LaneDone):
                 self._keep_trace(context, run)
             said = Said(task.lane, task.run, ask, base.resolved, event, memory)
-            self._post(said, _urgency(event))
+            self.post(said, _urgency(event))
         if not self.texts(ask):
             self._texts[place] = model.token_text(run.prompt)
             while len(self._texts) > 4:
                 self._texts.popitem(last=False)
-            self._post(Told("texts"), Urgency.NOW)
+            self.post(Told("texts"), Urgency.NOW)
         if control.cancelled or is_reference or run.lanes[own].first_divergence is None:
             return
         why = run.comparison().why(own)
         if why is not None:
-            self._post(Said(task.lane, task.run, ask, base.resolved, why), Urgency.NOW)
+            self.post(Said(task.lane, task.run, ask, base.resolved, why), Urgency.NOW)
 
     def explain(self, ask: Ask, base: str, result: Lane, lane: int, number: int, token: int) -> None:
         """What the reference read for a token of a finished lane, and the lane lost."""
         trace = self.trace(ask, base)
         why = explain(trace, result, token) if trace is not None else None
         if why is not None:
-            self._post(Said(lane, number, ask, base, why), Urgency.NOW)
+            self.post(Said(lane, number, ask, base, why), Urgency.NOW)
 
     def _keep_snapshot(self, place: tuple[str, str], snapshot: Snapshot) -> None:
         """A snapshot holds a full cache: only the newest two prompts keep theirs."""

@@ -121,6 +121,9 @@ dt { color: var(--quiet); } dd { margin: 0; }
 details { font-size: 12.5px; margin-top: 2px; } summary { cursor: pointer; color: var(--quiet); width: fit-content; }
 summary:focus-visible { outline: 2px solid var(--panel-primary-color, #1976d2); outline-offset: 2px; }
 .scroll { max-height: 260px; overflow: auto; margin-top: 6px; }
-table { border-collapse: collapse; font-size: 12.5px; } th, td { padding: 2px 10px 2px 0; text-align: right; } th { font-weight: 600; }
+.grid { border-collapse: separate; border-spacing: 2px; margin-bottom: 14px; } .grid caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
+.grid caption span, .grid th span { font-weight: 400; } .grid th { padding: 3px 8px 3px 0; } .grid td { padding: 4px 9px; text-align: center; border-radius: 3px; min-width: 34px; background: color-mix(in srgb, var(--ink) var(--much), transparent); }
+.grid tbody th { text-align: left; max-width: 170px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+table { font-size: 12.5px; } table:not(.grid) { border-collapse: collapse; } table:not(.grid) :is(th, td) { padding: 2px 10px 2px 0; text-align: right; } th { font-weight: 600; }
 """
 )

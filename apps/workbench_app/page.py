@@ -18,6 +18,7 @@ from workbench_app.lane_view import LaneCard
 from workbench_app.looks import BAR, LANES, TEXT
 from workbench_app.session import Change, Session
 from workbench_app.state import UIState
+from workbench_app.views.closer import Closer
 
 
 class App:
@@ -32,6 +33,7 @@ class App:
         self.drawer = Drawer(session, self.run)
         self.state = UIState()
         self.heads = Heads(session, self.state)
+        self.closer = Closer(session, self.state, self.heads.reveal)
         self._build()
         session.watchers.append(self._heard)
         self.state.param.watch(self._turned, ["lane", "query"])
@@ -122,7 +124,8 @@ class App:
             self.code_dialog,
         ]  # fmt: skip
         self.frame.below[:] = [
-            section("What each head keeps", "after the prompt; pick a head to see its tokens", self.heads)
+            section("What each head keeps", "after the prompt; pick a head to see its tokens", self.heads),
+            section("Look closer", "at the lane, head and token picked above", self.closer),
         ]
 
     def _heard(self, change: Change) -> None:
@@ -146,6 +149,7 @@ class App:
         self._turn_to_the_break()
         if not self._begins(change):
             self.heads.refresh()
+            self.closer.refresh()
         self._say()
 
     def _arrange(self) -> None:
@@ -164,7 +168,7 @@ class App:
         self.why.object = html
         self.why_button.visible = bool(html) and lane is not None and bool(lane.why and lane.why.lost)
         self.run_button.disabled = session.model_state != "ready"
-        self.stop_button.disabled = not session.busy
+        self.stop_button.disabled = not (session.busy or session.findings.busy)
         self.status.object = f'<span class="quiet roomy status" role="status">{escape(self._status())}</span>'
 
     def _begins(self, change: Change) -> bool:

@@ -51,9 +51,14 @@ class Runner:
 
     def cancel(self, key: Hashable) -> None:
         """Forget a waiting job and cancel a running one."""
+        self.cancel_where(lambda other: other == key)
+
+    def cancel_where(self, meant: Callable[[Hashable], bool]) -> None:
+        """The same for all jobs whose key is meant."""
         with self._changed:
-            self._jobs.pop(key, None)
-            if self._current is not None and self._current.key == key:
+            for key in [key for key in self._jobs if meant(key)]:
+                del self._jobs[key]
+            if self._current is not None and meant(self._current.key):
                 self._current.control.cancel()
 
     def stop(self) -> None:

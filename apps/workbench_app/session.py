@@ -7,27 +7,20 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import workbench as wb
 from workbench.evaluation.tasks import Example
 from workbench.strategies.recipe import Recipe
 from workbench_app.ask import Ask, LaneState
+from workbench_app.findings import Findings
 from workbench_app.history import History, Layout
-from workbench_app.lane_work import Failed, LaneWork, Said, Task, Told
+from workbench_app.lane_work import Change, Failed, LaneWork, Said, Task, Told
 from workbench_app.runner import Job, Mailbox, Runner, Shelf, Urgency
 
 LOG = logging.getLogger("workbench.app")
 MOST_LANES = 8
-
-
-@dataclass
-class Change:
-    """What a batch of news touched."""
-
-    lanes: set[int] = field(default_factory=set)
-    topics: set[str] = field(default_factory=set)  # lanes (added, removed, moved), model, prompt, notice, why, texts
 
 
 class Session:
@@ -50,6 +43,7 @@ class Session:
         self.results: OrderedDict[tuple[Ask, str, str], tuple[Any, list[str], Any]] = OrderedDict()
         self.work = LaneWork(self._post)
         self.runner = Runner()
+        self.findings = Findings(self)
         self.mailbox = Mailbox(self._deliver, document)
         self._keys = itertools.count()
         self._after_load: Callable[[], None] | None = None
@@ -157,6 +151,7 @@ class Session:
     def stop(self) -> None:
         """Cancel everything; what was computed stays."""
         self.runner.stop()
+        self.findings.stop()
         for lane in self.lanes:
             if lane.busy:
                 lane.status = "cancelled"
@@ -295,6 +290,7 @@ class Session:
             return
         lane.status, lane.began, lane.recalled = "waiting", time.monotonic(), False
         assert self.model is not None
+        self.findings.make_way()
         task = Task(lane.key, lane.run, self.model, self.ask, base, recipe, lane is self.reference)
         self.runner.submit(Job(lane.key, lambda control: self.work.run_lane(task, control)))
 
@@ -333,6 +329,8 @@ class Session:
                     loaded = self._take_model(model, error)
                     change.topics.add("model")
             else:
+                if message.topic == "looked":
+                    self.findings.hear(message.data)
                 change.topics.add(message.topic)
         self._tell(change.lanes, change.topics)
         if loaded and self._after_load is not None:

@@ -14,6 +14,7 @@ class UIState(param.Parameterized):
     query = param.Integer(None, allow_None=True, doc="the generated token that is looked into")
     key = param.Integer(None, allow_None=True, doc="the prompt token that was picked")
     metric = param.String("kept share", doc="the number in the matrix")
+    view = param.String(None, allow_None=True, doc="the closer look that is open")
     settled = param.Boolean(False, doc="a person chose the lane or the head; until then they follow what broke")
 
     def turn_to(self, lane: int, query: int | None = None, layer: int | None = None, head: int | None = None) -> None:

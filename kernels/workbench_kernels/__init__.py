@@ -3,7 +3,27 @@
 Axes used throughout: B batch, Hq query heads, H KV heads, G = Hq / H, Tq queries, N cached entries, D head_dim.
 """
 
-from workbench_kernels.attention import attend, attention_reference, attention_sums, merge_partials
+from workbench_kernels.attention import attend, attention_received, attention_reference, attention_sums, merge_partials
+from workbench_kernels.hadamard import hadamard
 from workbench_kernels.pack import pack, unpack, unpack_float
+from workbench_kernels.packed_attention import Packed, packed_attention, packed_attention_reference
+from workbench_kernels.sparse import Sparse, compress, sparse_attention, sparse_attention_reference
 
-__all__ = ["attend", "attention_reference", "attention_sums", "merge_partials", "pack", "unpack", "unpack_float"]
+__all__ = [
+    "Packed",
+    "Sparse",
+    "attend",
+    "attention_received",
+    "attention_reference",
+    "attention_sums",
+    "compress",
+    "hadamard",
+    "merge_partials",
+    "pack",
+    "packed_attention",
+    "packed_attention_reference",
+    "sparse_attention",
+    "sparse_attention_reference",
+    "unpack",
+    "unpack_float",
+]

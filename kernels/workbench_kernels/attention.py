@@ -101,6 +101,17 @@ def merge_partials(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     return out.to(parts[0][0].dtype), total
 
 
+def softmax_with_lse(logits: Tensor, *, all_seen: bool = True) -> tuple[Tensor, Tensor]:
+    """Weights [..., N] and log-sum-exp [...] of float32 logits, in one pass of exponentials: the largest weight is
+    ``exp(largest logit - lse)``. A row of ``-inf`` has no weights and ``-inf``; say ``all_seen=False`` where there may be
+    such."""
+    weights, highest = logits.softmax(-1), logits.amax(-1)
+    if not all_seen:
+        weights.nan_to_num_(0.0)  # 0 / 0 where nothing is seen
+    lse = highest - weights.amax(-1).log()
+    return weights, lse if all_seen else lse.masked_fill(highest == -math.inf, -math.inf)
+
+
 def attention_sums(
     q: Tensor,
     k: Tensor,
@@ -131,6 +142,24 @@ def attention_sums(
             weights *= torch.sigmoid(logits.logsumexp(-1) - sinks.float().view(1, -1, 1))[..., None]
         sums += weights.sum(2)
     return sums
+
+
+def attention_received(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, *, visible: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """What some entries received of the attention of all: the softmax over everything is known by its log-sum-exp.
+
+    Args:
+        q: [B, Hq, Tq, D]; k: [B, H, N, D], the entries asked about; lse: [B, Hq, Tq] over all entries.
+        visible: bool [B, H, Tq, N], which query sees which; None where all see all.
+
+    Returns:
+        [B, Hq, N] float32, summed over the queries.
+    """
+    logits = _block_logits(q, k, scale, (0, q.shape[2]), (0, k.shape[2]), False, None, None, softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible.repeat_interleave(q.shape[1] // visible.shape[1], 1), -math.inf)
+    return torch.exp(logits - lse[..., None]).nan_to_num(0.0).sum(2)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, need_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -6,20 +6,13 @@ codes sits at bits ``[bits * j, bits * (j + 1))``.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
-        raise ImportError("nothing here runs Triton's kernels, and importing it takes a while")
-    import triton
-    import triton.language as tl
-except ImportError:  # the torch twin below does the work
-    triton = None
+from workbench_kernels.triton_if_used import runs, tl, triton
 
 BITS = (2, 4, 8)
 
@@ -85,10 +78,6 @@ if triton is not None:
         tl.store(codes + index, ((word >> shift) & ((1 << BITS) - 1)).to(tl.uint8), mask=here)
 
 
-def _use_triton(x: Tensor, reference: bool) -> bool:
-    return triton is not None and not reference and x.is_cuda
-
-
 def pack(codes: Tensor, bits: int, *, reference: bool = False, kernel: bool = False) -> Tensor:
     """Pack uint8 ``codes`` [..., n] into int32 words [..., n * bits / 32].
 
@@ -103,13 +92,14 @@ def pack(codes: Tensor, bits: int, *, reference: bool = False, kernel: bool = Fa
         raise ValueError(f"pack takes uint8 codes, got {codes.dtype}")
     if codes.shape[-1] * bits % 32:
         raise ValueError(f"pack needs a multiple of {32 // bits} codes in the last axis, got {codes.shape[-1]}")
-    if not (kernel or _use_triton(codes, reference)):
+    if not (kernel or (runs(codes) and not reference)):
         return pack_reference(codes, bits)
     codes = codes.contiguous()
     words = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 32, dtype=torch.int32, device=codes.device)
     if words.numel():
         grid = (triton.cdiv(words.numel(), 256),)
-        _pack_kernel[grid](codes, words, words.numel(), BITS=bits, BLOCK=256)
+        with torch.cuda.device_of(codes):
+            _pack_kernel[grid](codes, words, words.numel(), BITS=bits, BLOCK=256)
     return words
 
 
@@ -118,13 +108,14 @@ def unpack(words: Tensor, bits: int, *, reference: bool = False, kernel: bool = 
     _check_bits(bits)
     if words.dtype != torch.int32:
         raise ValueError(f"unpack takes int32 words, got {words.dtype}")
-    if not (kernel or _use_triton(words, reference)):
+    if not (kernel or (runs(words) and not reference)):
         return unpack_reference(words, bits)
     words = words.contiguous()
     codes = torch.empty(*words.shape[:-1], words.shape[-1] * 32 // bits, dtype=torch.uint8, device=words.device)
     if codes.numel():
         grid = (triton.cdiv(codes.numel(), 1024),)
-        _unpack_kernel[grid](words, codes, codes.numel(), BITS=bits, BLOCK=1024)
+        with torch.cuda.device_of(words):
+            _unpack_kernel[grid](words, codes, codes.numel(), BITS=bits, BLOCK=1024)
     return codes
 
 

@@ -72,6 +72,17 @@ def test_headkv_is_calibrated_on_a_model_that_recalls(tmp_path: Path, capsys: py
     assert cli.run([*command, "--device", "cpu"]) == 0
 
 
+def test_rotatekv_is_calibrated_and_then_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lane = "rotatekv(bits=4)"
+    assert compared(folder, lane) == 2
+    assert f"`kvw calibrate rotatekv {folder}`" in capsys.readouterr().err
+    assert cli.run(["calibrate", "rotatekv", str(folder), "--samples", "3", "--device", "cpu"]) == 0
+    file = folder / "artifacts" / "rotatekv.json"
+    assert str(file) in capsys.readouterr().err
+    assert json.loads(file.read_text())["made_with"] == {"samples": 3}
+    assert compared(folder, lane) == 0
+
+
 def test_locret_is_trained_and_then_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lane = "locret(budget=0.5, chunk=16)"
     assert compared(folder, lane) == 2

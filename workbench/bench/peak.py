@@ -73,9 +73,9 @@ def high_water(work: Callable[[], Any]) -> dict[str, int]:
     """Bytes at the peak of some work: ``added`` to what was resident before, and ``total``."""
     gc.collect()
     CLEAR.write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     held = work()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del held
     return {"added": peak - before, "total": peak}
 
@@ -103,7 +103,7 @@ def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
 
 
 def can_count() -> bool:
-    """Whether the kernel tells a process's peak, and lets it start anew."""
+    """Whether the kernel counts peaks and lets them start anew."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -111,7 +111,8 @@ def can_count() -> bool:
     return STATUS.exists()
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """A figure of this process in bytes, as Linux names it (VmRSS, VmHWM)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from workbench.cache.hidden import HiddenStates
 from workbench.cache.layer import WorkbenchLayer
 from workbench.errors import WorkbenchError
 from workbench.strategies.recipe import Recipe
@@ -33,6 +34,14 @@ class AttentionReader(Protocol):
 
     def attend(self, layer: WorkbenchLayer, query: Query) -> Tensor:
         """What ``layer.store.attend(query)`` gives, [B, Hq, Tq, D], up to rounding."""
+        ...
+
+
+class ScoreProbe(Protocol):
+    """Observes by what strategies choose the entries they keep of the prompt."""
+
+    def on_scores(self, layer: int, part: int, scores: Tensor, positions: Tensor) -> None:
+        """Called before part number ``part`` of the recipe drops entries: scores and positions are [B, H, n]."""
         ...
 
 
@@ -90,6 +99,7 @@ class WorkbenchCache(Cache):
         self.artifacts = artifacts
         self.reader: AttentionReader | None = None
         self.keep_passed = False  # whether layers go on holding what their sliding window has passed
+        self.score_probe: ScoreProbe | None = None
         self.replaying = False
         self.drive: Drive | None = None  # while the layers are run one by one
         self.peak_bytes = 0
@@ -99,6 +109,7 @@ class WorkbenchCache(Cache):
         self._asked: list[Query] = []  # per layer read so far: the prompt's last queries, until the prompt is finished
         super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
         recipe.check(geometry, artifacts)
+        self._hidden = HiddenStates(self) if recipe.needs_hidden else None
 
     def note_prompt(self, tokens: int) -> None:
         """The first forward call tells the prompt's length unless it was given."""
@@ -176,6 +187,8 @@ class WorkbenchCache(Cache):
             part.after_prompt(views)
             waited = waited or part.spans_layers
         self._asked = []
+        if self._hidden is not None:
+            self._hidden.stop()
         for layer in self.layers:
             self.note_bytes(layer)
 
@@ -188,6 +201,8 @@ class WorkbenchCache(Cache):
                 layer.states = [{} for _ in recipe.parts]
         twin.peak_bytes, twin._layer_bytes = self.peak_bytes, list(self._layer_bytes)
         twin._chunk_bytes, twin._before_chunk = list(self._chunk_bytes), self._before_chunk
+        if twin._hidden is not None and self.get_seq_length() >= (self.prompt_length or 1):
+            twin._hidden.stop()  # the prompt is read
         return twin
 
     def memory(self) -> Memory:

@@ -116,12 +116,15 @@ class Residual:
 
     def append(self, x: Tensor) -> None:
         rows = x.shape[2]
-        if self._buffer is None or self._stop + rows > self._buffer.shape[2]:
+        if self._buffer is None and rows == 0:
+            self._buffer = x.new_empty(x.shape)  # tells shape and dtype; room is made when something comes
+        elif self._buffer is None or self._stop + rows > self._buffer.shape[2]:
             held = self.view() if self.length else x[:, :, :0]
             room = max(self.capacity, self.length + rows) + MIN_SPARE
             fresh = torch.empty(*x.shape[:2], room, x.shape[3], dtype=x.dtype, device=x.device)
             fresh[:, :, : held.shape[2]] = held
             self._buffer, self._start, self._stop = fresh, 0, held.shape[2]
+        assert self._buffer is not None
         self._buffer[:, :, self._stop : self._stop + rows] = x
         self._stop += rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from workbench.cache.growable import MIN_SPARE
-from workbench.cache.segments import Query, entry_mask
+from workbench.cache.segments import Query, UniformSegment, causal_mask, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
-from workbench.models.projections import output_weight
+from workbench.models.projections import key_weight, output_weight
 from workbench_kernels import attention_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
@@ -122,6 +123,20 @@ class LayerView:
         assert self._owner.module is not None
         return output_weight(self._owner.module, self.chunk.shape[1])
 
+    def hidden(self) -> Tensor:
+        """[B, Tq, hidden]: what entered the layer with the chunk just attended, before any norm. Only in ``on_chunk``."""
+        assert self._owner.hidden is not None
+        return self._owner.hidden
+
+    @property
+    def head_dim(self) -> int:
+        return self.chunk.shape[-1]
+
+    def key_weight(self) -> Tensor:
+        """[H, D, hidden]: the rows of the model's key projection. RecipeError where it has no such."""
+        assert self._owner.module is not None
+        return key_weight(self._owner.module, self.chunk.shape[1], self.kv_heads, self.head_dim)
+
     def queries(self, window: int) -> Tensor:
         """The last ``window`` queries [B, Hq, min(window, seen), D], after RoPE."""
         return self._recent.q[:, :, -window:]
@@ -150,13 +165,27 @@ class LayerView:
             weights = weights * share.view(*weights.shape[:-1], 1)
         return weights
 
-    def chunk_attention_sums(self) -> Tensor:
-        """Attention each entry received from the chunk's queries, summed over them: float32 [B, Hq, n]."""
-        q = self._query
+    def chunk_attention_sums(self, rows: Tensor | None = None) -> Tensor:
+        """Attention each entry received from the chunk's queries, summed over them: float32 [B, Hq, n].
+
+        Args:
+            rows: numbers of the queries in the chunk that count, each as often as it comes; None for all.
+        """
+        q, causal = self._query, self._query.own
         mask = None if q.window is None else entry_mask(q, self.positions())
-        return attention_sums(
-            self.chunk, self.keys(), self.scale, causal=q.own, mask=mask, softcap=q.softcap, sinks=q.sinks
-        )
+        if rows is not None:
+            q, causal = replace(q, q=q.q[:, :, rows], at=q.asked()[rows]), False
+            mask = causal_mask(q, self.positions())
+        return attention_sums(q.q, self.keys(), q.scale, causal=causal, mask=mask, softcap=q.softcap, sinks=q.sinks)
+
+    def note_scores(self, scores: Tensor) -> None:
+        """Tell whoever inspects the run by what the entries held now are about to be chosen: [B, H, n], larger means keep.
+
+        A later note of the same layer takes the place of an earlier one, entry by entry.
+        """
+        probe = self._owner.cache.score_probe
+        if probe is not None:
+            probe.on_scores(self.layer, self._part, scores, self.positions())
 
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
@@ -187,6 +216,19 @@ class LayerView:
         """Hold this layer's entries by ``codec`` from now on."""
         self._owner.store.recode(codec)
 
+    @property
+    def codec(self) -> Codec | None:
+        """How entries of this layer are held, once a strategy said so."""
+        return self._owner.store.codec
+
+    def go_on_with(self, codec: Codec) -> None:
+        """Leave what is held as it is; what another strategy makes anew from now on is held by ``codec``."""
+        self._owner.store.codec = codec
+
+    def pieces(self) -> Iterator[tuple[UniformSegment, Query]]:
+        """The layer's segment with the queries that asked, or every row's where rows hold different numbers."""
+        return self._owner.store.pieces(self._query)
+
 
 class WorkbenchLayer(CacheLayerMixin):
     """A transformers cache layer backed by a :class:`Store`.
@@ -206,6 +248,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.seen = 0
         self.prompt_tokens = 0  # tokens of the prompt that this layer was given
         self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
+        self.hidden: Tensor | None = None  # what entered the layer, while the prompt is read and a strategy asks for it
         self.recent: Query | None = None  # the last queries, while the prompt is read and if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -308,6 +351,7 @@ class WorkbenchLayer(CacheLayerMixin):
             cache.note_chunk(self)
             for number, part in enumerate(parts):
                 part.on_chunk(self.view(number, query))
+            self.hidden = None
         passed = query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP)
         if query.window is not None and passed and not cache.keep_passed:
             self.store.drop_before(self.seen - query.window)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ from workbench_kernels import attend, merge_partials
 from workbench_kernels.attention import MaskFn
 
 Partial = tuple[Tensor, Tensor]
+
+
+class Positions(Protocol):
+    """Explicit positions int32 [B, H, n]: a :class:`Growable`, or something that needs fewer bytes."""
+
+    def read(self, start: int, stop: int) -> Tensor: ...
+    def append(self, x: Tensor) -> None: ...
+    def after(self, start: int) -> Positions: ...
+    def nbytes(self) -> int: ...
+    def reserved_bytes(self) -> int: ...
+    def clone(self) -> Positions: ...
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,25 @@ def entry_mask(query: Query, positions: Tensor) -> MaskFn | None:
     return mask
 
 
+def seen_by(query: Query, positions: Tensor) -> Tensor:
+    """Which entries at ``positions`` [B, H, n] each query sees, by causality and window: bool [B, H, Tq, n]."""
+    asked, at = query.asked()[:, None], positions[:, :, None]
+    visible = at <= asked
+    return visible if query.window is None else visible & (at > asked - query.window)
+
+
+def causal_mask(query: Query, positions: Tensor) -> MaskFn:
+    """Additive mask by :func:`seen_by`, for queries and entries in any order."""
+    group = query.q.shape[1] // positions.shape[1] if positions.shape[1] > 1 else 1
+
+    def mask(q0: int, q1: int, n0: int, n1: int) -> Tensor:
+        hidden = ~seen_by(query, positions[:, :, n0:n1])[:, :, q0:q1]
+        additive = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        return additive.repeat_interleave(group, 1)
+
+    return mask
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Entries ``index`` [B, H, m] of keys or values x [B, H, n, D]: a copy [B, H, m, D]."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
@@ -136,7 +167,7 @@ class Segment(ABC):
 
     @abstractmethod
     def nbytes(self) -> dict[str, int]:
-        """Bytes in use by kind (keys, values, codes, scales, positions, window); every tensor held is in one kind."""
+        """Bytes in use by kind (keys, values, codes, scales, positions, window, …); every tensor held is in one kind."""
 
     @abstractmethod
     def nbytes_by_row(self) -> list[int]:
@@ -167,7 +198,7 @@ class UniformSegment(Segment):
 
     def __init__(self, batch: int, heads: int, start: int = 0) -> None:
         self.batch, self.heads, self.start = batch, heads, start
-        self.at: Growable | None = None  # explicit positions [B, H, n]
+        self.at: Positions | None = None  # explicit positions [B, H, n]
 
     @property
     @abstractmethod
@@ -177,6 +208,14 @@ class UniformSegment(Segment):
     @property
     @abstractmethod
     def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """Decoded keys [B, H, n, D]; a view where they are dense."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """Decoded values [B, H, n, D]; a view where they are dense."""
 
     @property
     def lengths(self) -> list[int]:
@@ -194,7 +233,8 @@ class UniformSegment(Segment):
 
     def nbytes_by_row(self) -> list[int]:
         rows = self.batch * self.heads
-        return [sum(self.nbytes().values()) // rows] * rows
+        each, over = divmod(sum(self.nbytes().values()), rows)  # what heads share is split among them
+        return [each + (row < over) for row in range(rows)]
 
     def _banded(self, query: Query) -> bool:
         """Whether no mask is needed: over consecutive entries a window is a band that ends with the query's own."""

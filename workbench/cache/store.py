@@ -16,7 +16,7 @@ from workbench.errors import WorkbenchError
 from workbench_kernels import merge_partials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -29,6 +29,10 @@ class Codec(Protocol):
 
     def encode(self, k: Tensor, v: Tensor, positions: Tensor | None, start: int) -> Segment:
         """Hold k, v [B, H, n, D]; ``positions`` int32 [B, H, n], or None when they are start, start + 1, …"""
+        ...
+
+    def row(self, b: int, h: int) -> Codec:
+        """The codec for one row alone, where rows hold different numbers of entries."""
         ...
 
 
@@ -95,6 +99,14 @@ class Store:
         parts = [segment.entries(row) for segment in self.segments]
         return tuple(torch.cat(side) for side in zip(*parts, strict=True))  # type: ignore[return-value]
 
+    def _every_row(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """:meth:`entries` of all rows; heads that are coded together are decoded once."""
+        only = self.segments[0]
+        if len(self.segments) == 1 and isinstance(only, UniformSegment):
+            sides = (only.keys().flatten(0, 1), only.values().flatten(0, 1), self.all_positions().flatten(0, 1))
+            return list(zip(*sides, strict=True))
+        return [self.entries(row) for row in range(self.rows)]
+
     def positions(self, row: int) -> Tensor:
         """Positions of one row's entries, int32 [n]."""
         parts = [segment.positions_of(row) for segment in self.segments]
@@ -116,9 +128,10 @@ class Store:
         return self._side(1)
 
     def _side(self, side: int) -> Tensor:
-        only = self.segments[0]
-        if len(self.segments) == 1 and isinstance(only, DenseSegment):
-            return only.values() if side else only.keys()
+        whole = [segment for segment in self.segments if isinstance(segment, UniformSegment)]
+        if len(whole) == len(self.segments):
+            parts = [segment.values() if side else segment.keys() for segment in whole]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         stacked = torch.stack([self.entries(row)[side] for row in range(self.rows)])
         return stacked.unflatten(0, (self.batch, self.heads))
 
@@ -141,17 +154,18 @@ class Store:
             k = take(only.keys(), index) if keys is None else keys
             self.segments = [self._hold(k, take(only.values(), index), at)]
             return
-        gathered = []
-        for row, kept in enumerate(rows):
-            k, v, at = self.entries(row)
-            gathered.append((k[kept], v[kept], at[kept]))
+        gathered = [
+            tuple(side[kept] for side in entries) for entries, kept in zip(self._every_row(), rows, strict=True)
+        ]
         if len({len(kept) for kept in rows}) == 1:
             k, v, at = (
                 torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*gathered, strict=True)
             )
             self.segments = [self._hold(k if keys is None else keys, v, at)]
         else:
-            parts = [self._hold(k[None, None], v[None, None], at[None, None]) for k, v, at in gathered]
+            parts = [
+                self._hold(k[None, None], v[None, None], at[None, None], row) for row, (k, v, at) in enumerate(gathered)
+            ]
             self.segments = [RaggedSegment(parts, self.heads)]
 
     def narrow_keys(self, channels: Tensor, recent: int) -> None:
@@ -173,23 +187,40 @@ class Store:
     def recode(self, codec: Codec) -> None:
         """Hold the entries, and those still to come, by ``codec``."""
         self.codec = codec
-        self.segments = [self._recoded(segment) for segment in self.segments]
+        self.segments = [self._recoded(segment, codec) for segment in self.segments]
 
-    def _recoded(self, segment: Segment) -> Segment:
-        assert self.codec is not None
+    def _recoded(self, segment: Segment, codec: Codec) -> Segment:
         if isinstance(segment, RaggedSegment):
-            return RaggedSegment([self._recoded(row) for row in segment.rows], segment.heads)
+            rows = enumerate(segment.rows)
+            return RaggedSegment(
+                [self._recoded(s, codec.row(*divmod(row, segment.heads))) for row, s in rows], segment.heads
+            )
+        assert isinstance(segment, UniformSegment)
         if isinstance(segment, DenseSegment):
             positions = None if segment.at is None else segment.positions()
-            return self.codec.encode(segment.keys(), segment.values(), positions, segment.start)
-        sides = zip(*(segment.entries(row) for row in range(segment.batch * segment.heads)), strict=True)
-        k, v, at = (torch.stack(side).unflatten(0, (segment.batch, segment.heads)) for side in sides)
-        return self.codec.encode(k, v, at, 0)
+            return codec.encode(segment.keys(), segment.values(), positions, segment.start)
+        at = segment.positions().expand(segment.batch, segment.heads, -1)
+        return codec.encode(segment.keys(), segment.values(), at, 0)
 
-    def _hold(self, k: Tensor, v: Tensor, at: Tensor) -> Segment:
-        if self.codec is not None:
-            return self.codec.encode(k, v, at, 0)
-        return DenseSegment.of(k, v, at)
+    def _hold(self, k: Tensor, v: Tensor, at: Tensor, row: int | None = None) -> Segment:
+        """A segment of these entries, of all rows or of one."""
+        if self.codec is None:
+            return DenseSegment.of(k, v, at)
+        codec = self.codec if row is None else self.codec.row(*divmod(row, self.heads))
+        return codec.encode(k, v, at, 0)
+
+    def pieces(self, query: Query) -> Iterator[tuple[UniformSegment, Query]]:
+        """The segments that hold all rows alike, each with the query; or one for each row, with that row's part of it."""
+        group = query.q.shape[1] // self.heads
+        for segment in self.segments:
+            if isinstance(segment, RaggedSegment):
+                for row, part in enumerate(segment.rows):
+                    b, h = divmod(row, self.heads)
+                    assert isinstance(part, UniformSegment)
+                    yield part, query.narrow(b, h * group, (h + 1) * group)
+            else:
+                assert isinstance(segment, UniformSegment)
+                yield segment, query
 
     def drop_before(self, position: int) -> None:
         """Free entries before ``position``, which a sliding window has passed."""

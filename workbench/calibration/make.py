@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from workbench.calibration.channels import measure_channels
 from workbench.calibration.layer_errors import measure_errors
 from workbench.calibration.needles import measure_heads
 from workbench.errors import ArtifactError
 from workbench.strategies.eviction.allocators import compresskv, headkv
+from workbench.strategies.quantization import rotatekv
 
 if TYPE_CHECKING:
     from workbench.models.artifacts import Artifact
@@ -43,7 +45,15 @@ def calibrate_headkv(model: Model, samples: int, tell: Told) -> Artifact:
     return model.artifacts.make(headkv.CALIBRATION, {"retrieval": heads.retrieval / heads.counted}, made_with)
 
 
+def calibrate_rotatekv(model: Model, samples: int, tell: Told) -> Artifact:
+    """How large the channels of rotated keys are."""
+    model.geometry.ropes.require("rotatekv")
+    found = measure_channels(model, samples, lambda done, total: tell("channels", done, total))
+    return model.artifacts.make(rotatekv.CALIBRATION, found, {"samples": samples})
+
+
 CALIBRATIONS: dict[str, Callable[[Model, int, Told], Artifact]] = {
     "compresskv": calibrate_compresskv,
     "headkv": calibrate_headkv,
+    "rotatekv": calibrate_rotatekv,
 }

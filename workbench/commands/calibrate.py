@@ -42,8 +42,12 @@ def calibrate(method: str, name: str, samples: int, out: str | None, device: str
 def summary(artifact: Artifact) -> str:
     """What was found, in a few lines."""
     made = artifact.made_with
-    lines = [f"{made['needles_answered']} of {made['samples']} needle prompts were answered."]
+    lines = [f"{made['samples']} documents were read."]
+    if "needles_answered" in made:
+        lines = [f"{made['needles_answered']} of {made['samples']} needle prompts were answered."]
     for name, found in artifact.tensors.items():
+        if found.ndim > 2:
+            continue  # too much to print
         if found.ndim == 2:
             best = [row.argsort(descending=True, stable=True)[:4].tolist() for row in found]
             lines += [f"{name}, best heads of layer {layer}: {heads}" for layer, heads in enumerate(best)]

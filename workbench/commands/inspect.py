@@ -43,8 +43,16 @@ def run(
     control = Control()
     work = inspecting(loaded, ids, layers=layers, control=control, **options)
     out = stderr()
-    columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"), TimeElapsedColumn())
-    with interruptible(control), Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+    columns = (
+        TextColumn("reading"),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,}"),
+        TimeElapsedColumn(),
+    )
+    with (
+        interruptible(control),
+        Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress,
+    ):
         bar = progress.add_task("reading", total=len(ids))
         while True:
             try:
@@ -66,7 +74,9 @@ def show(trace: AttentionTrace) -> None:
     """A line for each layer and head, and what the last token reads most."""
     out = console()
     out.print(repr(trace), markup=False)
-    table = Table("head", "entropy (nats)", "on first tokens", "on itself", "within 8 tokens", "read most, over the prompt")
+    table = Table(
+        "head", "entropy (nats)", "on first tokens", "on itself", "within 8 tokens", "read most, over the prompt"
+    )
     for column in table.columns[1:5]:
         column.justify = "right"
     entropy, sinks, distance = trace.entropy(), trace.sink_mass(), trace.distance_mass()

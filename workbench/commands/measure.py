@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 from workbench.commands.output import check_target, console, size, write_result
 from workbench.errors import WorkbenchError
 
-SUBJECTS = ("speed", "bytes", "load", "rerun", "app", "inspect")
+SUBJECTS = ("speed", "bytes", "kernels", "load", "rerun", "app", "inspect")
 
 
 def measure(
@@ -36,6 +37,7 @@ def measure(
     from workbench.bench.app import measure_app
     from workbench.bench.cache_bytes import measure_bytes
     from workbench.bench.inspect import measure_inspect
+    from workbench.bench.kernels import measure_kernels
     from workbench.bench.latency import measure_load, measure_rerun
     from workbench.bench.machine import commit, describe_machine
     from workbench.strategies.recipe import Recipe
@@ -51,6 +53,7 @@ def measure(
     measurements: dict[str, Callable[[], Any]] = {
         "speed": lambda: _speed(recipes, lengths, rounds, quick),
         "bytes": lambda: measure_bytes(recipes, quick, _tell),
+        "kernels": lambda: measure_kernels(lengths, rounds, quick, _tell),
         "load": lambda: measure_load(rounds, quick, _tell),
         "rerun": lambda: measure_rerun(rounds, quick, _tell),
         "app": lambda: measure_app(rounds, quick, _tell),
@@ -72,6 +75,8 @@ def measure(
         result["failed"] = failed
     if json_file is not None:
         write_result(json_file, result)
+        if "kernels" in result and json_file != "-":
+            _draw(json_file, result["kernels"])
     return 1 if failed or _missed(result) else 0
 
 
@@ -101,8 +106,11 @@ def _speed(recipes: list[str] | None, lengths: list[int] | None, rounds: int | N
 
 
 def _missed(result: dict[str, Any]) -> bool:
-    """Whether a speed was refused, or a figure for bytes or for inspecting was not reached."""
-    refused = any("refused" in case for case in result.get("speed", {}).get("times", []))
+    """Whether a speed was refused or a figure that is asked for was not reached."""
+    kernels = result.get("kernels", {}).get("cases", [])
+    refused = any("refused" in case for case in [*result.get("speed", {}).get("times", []), *kernels])
+    if any(case.get("reached") is False for case in kernels):
+        return True
     lanes = [lane for case in result.get("bytes", []) for lane in case["lanes"].values()]
     inspected = [reached for case in result.get("inspect", []) for reached in case["reached"].values()]
     return refused or any(lane["reached"] is False for lane in lanes) or not all(inspected)
@@ -178,6 +186,43 @@ def _show_inspect(cases: list[dict[str, Any]], out: Console) -> None:
             out.print(f"{goal.replace('_', ' ')}: {'reached' if reached else 'MISSED'}", markup=False)
 
 
+def _draw(json_file: str, kernels: dict[str, Any]) -> None:
+    """The roofline plot, beside the figures."""
+    from workbench.bench.roofline import plot
+
+    target = Path(json_file).with_suffix(".svg")
+    target.write_text(plot(kernels), encoding="utf-8")
+    _tell(f"plot: {target}")
+
+
+def _show_kernels(found: dict[str, Any], out: Console) -> None:
+    out.print(
+        f"Decode attention on the {found['device']}, {found['copy_gb_per_second']:.1f} GB/s by copying; the fused path "
+        "against dense attention in the same run",
+        markup=False,
+    )
+    dense = sorted({name for case in found["cases"] for name in case.get("speedup", {})})
+    table = Table(
+        "held as", "tokens", "D", "G", "µs", "GB/s", "of copy", *(f"vs {name}" for name in dense), "memory", ""
+    )
+    for case in found["cases"]:
+        how = f"{case['bits']} bit, g {case['group_size']}" if "bits" in case else f"{case['sparsity']:.0%} pruned"
+        shape = (how, f"{case['tokens']:,}", str(case["head_dim"]), str(case["query_heads_per_kv_head"]))
+        if "refused" in case:
+            table.add_row(*shape, case["refused"])
+            continue
+        speed = [f"{case['speedup'][name]['median']:.2f}x" if name in case["speedup"] else "" for name in dense]
+        memory = f"{case['memory']['ratio']:.3f}x" if case.get("memory") else ""
+        mark = {None: "", True: "reached", False: "MISSED"}[case["reached"]]
+        figures = (
+            f"{case['microseconds']['fused']:,.0f}",
+            f"{case['gb_per_second']:.1f}",
+            f"{case['of_copy_bandwidth']:.0%}",
+        )
+        table.add_row(*shape, *figures, *speed, memory, mark)
+    out.print(table)
+
+
 def _show_waits(found: dict[str, Any], out: Console) -> None:
     if "skipped" in found:
         out.print(f"Not measured: {found['skipped']}.", markup=False)
@@ -193,6 +238,7 @@ def _show_waits(found: dict[str, Any], out: Console) -> None:
 SHOW: dict[str, Callable[[Any, Console], None]] = {
     "speed": _show_speed,
     "bytes": _show_bytes,
+    "kernels": _show_kernels,
     "load": _show_waits,
     "rerun": _show_waits,
     "app": _show_waits,

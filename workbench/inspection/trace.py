@@ -17,6 +17,8 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.inspection.queries import Queries, rows_to_hold
+from workbench.inspection.retained import mass_on
+from workbench.inspection.scores import held_mask
 from workbench.inspection.tile import Reduce, Tile, plan_rows, pool
 from workbench_kernels.counting import AttentionCounts, attend_counting
 from workbench_kernels.rows import row_weights
@@ -135,6 +137,23 @@ class AttentionTrace:
             strongest = self.rows(layer, head, [query])[0].topk(min(count, query + 1))
             found.append(list(zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)))
         return found
+
+    def retained(self, kept: Sequence[Sequence[Sequence[int]]], query: int | None = None) -> Tensor:
+        """The share of attention that falls on the tokens a lane kept: float32 [layers, Hq], 0 to 1.
+
+        Args:
+            kept: [L][H] positions held, as in ``Lane.kept_positions``.
+            query: one query alone; by default all of the prompt together, which takes no computing.
+        """
+        group = self.model.geometry.num_heads // self.model.geometry.num_kv_heads
+        every = torch.arange(len(self.prompt))
+        shares = []
+        for layer in self.layers:
+            masks = held_mask(kept[layer], len(self.prompt))  # [H, T]
+            for head, held in enumerate(masks.repeat_interleave(group, 0)):
+                weights = self.column_mass(layer)[head, None] if query is None else self.rows(layer, head, [query])
+                shares.append(mass_on(weights.cpu(), every, held))
+        return torch.cat(shares).unflatten(0, (len(self.layers), -1))
 
     def tile(
         self,

@@ -83,7 +83,7 @@ class Ropes:
     """
 
     def __init__(self, network: Any = None) -> None:
-        self._network = network
+        self.network = network
 
     def __getitem__(self, layer: int) -> Rope:
         layers, trouble = self._found
@@ -102,14 +102,14 @@ class Ropes:
     @cached_property
     def _found(self) -> tuple[list[Rope], str]:
         """The layers' RoPE, and what is in the way of having it."""
-        if self._network is None:
+        if self.network is None:
             return [], "only the config of this model is known, not the model itself"
-        known = [Rope(f, scaling, pairs) for f, scaling in frequencies(self._network) for pairs in (False, True)]
+        known = [Rope(f, scaling, pairs) for f, scaling in frequencies(self.network) for pairs in (False, True)]
         if not known:
             return [], "this model holds no frequencies of such"
         none = Rope(torch.empty(0))
         layers = []
-        for number, (first, later) in enumerate(keys_of_a_token(self._network)):
+        for number, (first, later) in enumerate(keys_of_a_token(self.network)):
             fitting = [rope for rope in known if 2 * len(rope.frequencies) <= first.shape[-1]]
             rope, error = closest([none, *fitting], first, later)
             if not error <= TOLERANCE:  # NaN too

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from workbench.cache.cache import Memory
+    from workbench.inspection.scores import ScoreLog
     from workbench.inspection.why import Why
     from workbench.models.load import Model
     from workbench.runs.reference import ReferenceRun
@@ -173,6 +176,32 @@ class Comparison:
         if at is None or self._trace is None:
             return None
         return explain(self._trace, self.lanes[lane], at)
+
+    def scores(self, lane: int) -> ScoreLog:
+        """By what a lane's strategy chose what it kept of the prompt: the prompt is compressed once more, and listened to."""
+        from workbench.runs.replay import finish, scored
+
+        return finish(scored(self.model, self.prompt, self.lanes[lane].resolved, self.chunk))[0]
+
+    def retained(self, lane: int, answer: int = 0) -> Tensor:
+        """What share of the reference's attention, at each of its steps, fell on entries the lane held then.
+
+        Returns:
+            float32 [steps, layers, query heads], 0 to 1; step t led to the reference's token t.
+
+        Raises:
+            WorkbenchError: the reference did not finish.
+        """
+        from workbench.runs.replay import finish, retained
+
+        if self._trace is None or answer >= len(self._trace.answers):
+            raise WorkbenchError(
+                "The reference lane did not finish, so there is no attention to compare with; run it again."
+            )
+        question = self.lanes[self.reference].answers[answer].question
+        ids = self.model.encode(question, continues=True) if question is not None else []
+        steps = retained(self.model, self._trace, self.prompt, [self.lanes[lane]], ids, answer, self.chunk)
+        return finish(steps)[0]
 
     def as_dict(self, kept: bool = True) -> dict[str, Any]:
         g = self.model.geometry

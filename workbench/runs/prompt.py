@@ -19,6 +19,7 @@ from workbench.runs.reference import QueryRecorder
 from workbench.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
+    from workbench.cache.cache import ScoreProbe
     from workbench.cache.segments import Query
     from workbench.models.load import Model
 
@@ -133,9 +134,10 @@ class Snapshot:
         read_as_it_was = not recipe.needs_prompt and not recipe.needs_token_set
         return read_as_it_was and recipe.query_window <= SNAPSHOT_WINDOW
 
-    def fork(self, recipe: Recipe) -> WorkbenchCache:
+    def fork(self, recipe: Recipe, score_probe: ScoreProbe | None = None) -> WorkbenchCache:
         """The cache of a lane that read the prompt and then applied ``recipe``."""
         cache = self.cache.clone(recipe)
+        cache.score_probe = score_probe
         with torch.inference_mode():
             cache.apply_recipe(self.queries)
         return cache

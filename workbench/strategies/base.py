@@ -167,6 +167,7 @@ class Strategy(Declared):
         ragged: True when heads may keep different numbers of entries.
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
             recipe then act after that.
+        needs_hidden: True when it looks at the hidden states that enter each layer while the prompt is read.
         per_entry: names in a layer's state that hold a number for each entry, [B, H, n]; whoever evicts, they stay in step.
         alone: True when no other method may drop tokens in the same recipe.
         closing: True when it holds entries in a form that no other method can take over, so it comes last.
@@ -188,6 +189,10 @@ class Strategy(Declared):
 
     @property
     def needs_prompt(self) -> bool:
+        return False
+
+    @property
+    def needs_hidden(self) -> bool:
         return False
 
     @property

@@ -46,6 +46,16 @@ class Recipe:
         return any(part.needs_prompt for part in self.parts)
 
     @property
+    def keeps_acting(self) -> bool:
+        """Whether a strategy acts at every generated token."""
+        return any(part.keeps_acting for part in self.parts)
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether a strategy looks at the hidden states that enter the layers."""
+        return any(part.needs_hidden for part in self.parts)
+
+    @property
     def needs_token_set(self) -> bool:
         """Whether a strategy lets tokens of the prompt stay behind between two layers."""
         return any(part.needs_token_set for part in self.parts)

@@ -29,7 +29,14 @@ from workbench.strategies.eviction.snapkv import SnapKV
 from workbench.strategies.eviction.streaming_llm import StreamingLLM
 from workbench.strategies.eviction.think import ThinK
 from workbench.strategies.eviction.tova import TOVA
+from workbench.strategies.quantization.bfp import BFP
+from workbench.strategies.quantization.gear import GEAR
 from workbench.strategies.quantization.kivi import KIVI
+from workbench.strategies.quantization.mikv import MiKV
+from workbench.strategies.quantization.mustafar import Mustafar
+from workbench.strategies.quantization.rotatekv import RotateKV
+from workbench.strategies.quantization.rtn import RTN
+from workbench.strategies.quantization.zipcache import ZipCache
 
 GROUP = "kv_workbench.strategies"
 OURS: list[type[Strategy]] = [
@@ -54,7 +61,14 @@ OURS: list[type[Strategy]] = [
     Random,
     Locret,
     ThinK,
+    RTN,
     KIVI,
+    GEAR,
+    ZipCache,
+    MiKV,
+    BFP,
+    RotateKV,
+    Mustafar,
 ]
 
 

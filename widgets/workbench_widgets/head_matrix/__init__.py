@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class ShowsHeads(Publisher):
         log: bool = False,
         head_label: str = "KV",
         heads_per_kv: int = 1,
+        signs: Any = None,
+        sign_names: Sequence[str] = ("kept", "dropped"),
     ) -> None:
         """Draw one number per layer and head.
 
@@ -34,12 +37,17 @@ class ShowsHeads(Publisher):
             them "%" is 0 to 1, other units run from 0 (or their smallest number, if below 0 or `log`) to their largest.
         log: colour by the logarithm; the range must lie above 0.
         head_label: "KV" for KV heads, "H" for query heads; `heads_per_kv` > 1 brackets the query heads of a KV head.
+        signs: [layers, heads] of 0 (nothing), 1 (a disc) and 2 (a cross), drawn in the cells whatever their colour;
+            `sign_names` says what disc and cross mean.
         """
         values = as_array(grid, "<f4")
         if values.ndim != 2:
             raise ValueError(f"HeadMatrix.show takes a grid [layers, heads], got shape {values.shape}")
         if heads_per_kv < 1:
             raise ValueError(f"heads_per_kv is a count of at least 1, got {heads_per_kv}")
+        drawn = as_array(np.zeros((0, 0)) if signs is None else signs, "u1")
+        if signs is not None and (drawn.shape != values.shape or drawn.max(initial=0) > 2):
+            raise ValueError(f"signs takes 0, 1 or 2 for each cell of {values.shape}, got shape {drawn.shape}")
         known = values[np.isfinite(values) & ((values > 0) | (not log))].astype(float)
         if low is None:
             low = 0.0 if unit == "%" and not log else known.min(initial=np.inf if log else 0.0)
@@ -63,6 +71,8 @@ class ShowsHeads(Publisher):
             log_scale=log,
             head_label=head_label,
             heads_per_kv=heads_per_kv,
+            signs=drawn.tobytes(),
+            sign_names=list(sign_names),
         )
 
 
@@ -80,5 +90,7 @@ class HeadMatrix(ShowsHeads, Component):
     log_scale = t.Bool(False).tag(sync=True)
     head_label = t.Unicode("KV").tag(sync=True)
     heads_per_kv = t.Int(1).tag(sync=True)
+    signs = t.Bytes(b"", help="uint8 [layers, heads]: 0 nothing, 1 a disc, 2 a cross; or empty").tag(sync=True)
+    sign_names = t.List(t.Unicode(), ["kept", "dropped"], help="what disc and cross mean").tag(sync=True)
     picked = t.List(t.Int(), [], help="[layer, head] that is outlined, or empty").tag(sync=True)
     hint = t.Unicode("No values per head yet: run a lane to see them.").tag(sync=True)

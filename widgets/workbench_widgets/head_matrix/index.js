@@ -1,4 +1,4 @@
-import { clamp, css, floatsOf, formatValue, fraction, hatch, inkOn, palette, stage } from "../canvas.js";
+import { bytesOf, clamp, css, floatsOf, formatValue, fraction, hatch, inkOn, palette, stage } from "../canvas.js";
 
 /** Places of the cells for a view `width` CSS pixels wide; `top` is where the column labels begin. */
 export function layout(width, layers, heads, top) {
@@ -24,14 +24,31 @@ export function moved(cell, key, layers, heads) {
 /** Label every 1st, 2nd, 5th, 10th… row or column, so that labels `need` pixels long do not touch. */
 export const labelStep = (need, size) => [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100].find((n) => n * size >= need) ?? 128;
 
+/** A disc (1: has it) or a cross (2: has it not) of radius 4 around a point. */
+export function paintSign(ctx, sign, x, y, colour) {
+  ctx.setLineDash([]);
+  ctx.beginPath();
+  if (sign === 1) {
+    ctx.arc(x, y, 4, 0, 2 * Math.PI);
+    ctx.fillStyle = colour;
+    ctx.fill();
+  } else if (sign === 2) {
+    ctx.moveTo(x - 4, y - 4); ctx.lineTo(x + 4, y + 4);
+    ctx.moveTo(x - 4, y + 4); ctx.lineTo(x + 4, y - 4);
+    [ctx.strokeStyle, ctx.lineWidth] = [colour, 1.8];
+    ctx.stroke();
+  }
+}
+
 function render({ model, el }) {
   const get = (name) => model.get(name);
-  let values, layers, heads, grid, legend, picked;
+  let values, signs, layers, heads, grid, legend, picked;
   let pointed = null;                                              // the cell hovered here or in a linked view
   let cursor = null;                                               // the cell the keyboard is on, while it is
 
   const load = () => {
     values = floatsOf(get("values"));
+    signs = bytesOf(get("signs"));
     [layers, heads] = get("shape") ?? [0, 0];
     if (values.length < layers * heads) [layers, heads] = [0, 0];
     const inside = (cell) => cell && cell.layer < layers && cell.head < heads ? cell : null;
@@ -43,13 +60,15 @@ function render({ model, el }) {
     picked = layer < layers && head < heads ? { layer, head } : null;
   };
   const value = ({ layer, head }) => values[layer * heads + head];
+  const sign = ({ layer, head }) => signs[layer * heads + head] ?? 0;
+  const signName = (cell) => (sign(cell) ? get("sign_names")[sign(cell) - 1] : null);
   const headName = (head) => `${get("head_label")}${head}`;
   const range = () => [get("low"), get("high"), get("log_scale")];
   const plainUnit = () => (["", "%", "bytes"].includes(get("unit")) ? "" : ` (${get("unit")})`);
   const tell = (cell) => {
     const number = value(cell);
     const text = Number.isNaN(number) ? "not applicable" : formatValue(number, get("unit"), 4) + plainUnit();
-    return `L${cell.layer} ${headName(cell.head)} · ${get("metric")} ${text}`;
+    return [`L${cell.layer} ${headName(cell.head)}`, signName(cell), `${get("metric")} ${text}`].filter(Boolean).join(" · ");
   };
 
   const plan = (ctx, theme, width) => {
@@ -67,7 +86,8 @@ function render({ model, el }) {
     const beside = after + need <= width;
     legend = { title, ends, lowWide, highWide, bar, absent, x: beside ? after : 0, y: beside ? 4 : 24 };
     if (!beside && need > width) legend.wrap = true;
-    grid = layout(width, layers, heads, legend.y + 20 + (legend.wrap ? 20 : 0) + (get("heads_per_kv") > 1 ? 14 : 0));
+    legend.signs = legend.y + 20 + (legend.wrap ? 20 : 0);         // where the signs are explained, if there are any
+    grid = layout(width, layers, heads, legend.signs + (signs.length ? 20 : 0) + (get("heads_per_kv") > 1 ? 14 : 0));
     return [grid.width, grid.height];
   };
 
@@ -91,6 +111,17 @@ function render({ model, el }) {
     ctx.strokeRect(start - 0.5, y + 1.5, bar + 1.5, 13);
     ctx.fillStyle = css(theme.ink);
     ctx.fillText(ends[1], start + bar + 6, middle);
+    if (signs.length) {
+      let at = 6;
+      get("sign_names").forEach((name, i) => {
+        const cells = signs.reduce((sum, one) => sum + (one === i + 1), 0);
+        const text = `${name} in ${cells} of ${layers * heads} heads`;
+        paintSign(ctx, i + 1, at, legend.signs + 9, css(theme.ink));
+        ctx.fillStyle = css(theme.ink);
+        ctx.fillText(text, at + 10, legend.signs + 9);
+        at += ctx.measureText(text).width + 30;
+      });
+    }
     let next = start + bar + highWide + 12;
     if (get("log_scale")) { ctx.fillText("log", next + 6, middle); next += 30; }
     if (!absent) return;
@@ -158,7 +189,8 @@ function render({ model, el }) {
     const unit = get("unit");
     const texts = Array.from(values.subarray(0, layers * heads), (v) => formatValue(v, unit));
     ctx.font = `12px ${theme.sans}`;
-    const roomy = grid.ch >= 15 && grid.cw >= 28 && texts.every((text) => ctx.measureText(text).width + 8 <= grid.cw);
+    const beside = signs.length ? 16 : 0;                          // room for a sign left of the number
+    const roomy = grid.ch >= 15 && grid.cw >= 28 && texts.every((text) => ctx.measureText(text).width + 8 + beside <= grid.cw);
     ctx.textAlign = "center";
     for (let layer = 0; layer < layers; layer++) {
       for (let head = 0; head < heads; head++) {
@@ -174,13 +206,17 @@ function render({ model, el }) {
           ctx.fillStyle = css(colour);
           ctx.fillRect(x, y, width, height);
         }
-        if (!roomy) continue;
-        if (Number.isNaN(v)) {
+        const middle = x + (width + beside) / 2;
+        const ink = css(Number.isNaN(v) ? theme.ink : inkOn(colour));
+        if (Number.isNaN(v) && (roomy || beside)) {
+          const wide = roomy ? 18 + beside : 12;
           ctx.fillStyle = css(theme.ground);
-          ctx.fillRect(x + width / 2 - 9, y + height / 2 - 7, 18, 14);
+          ctx.fillRect(x + (width - wide) / 2, y + height / 2 - 7, wide, 14);
         }
-        ctx.fillStyle = css(Number.isNaN(v) ? theme.ink : inkOn(colour));
-        ctx.fillText(texts[layer * heads + head], x + width / 2, y + height / 2 + 0.5);
+        if (beside) paintSign(ctx, sign({ layer, head }), roomy ? x + 11 : x + width / 2, y + height / 2, ink);
+        if (!roomy) continue;
+        ctx.fillStyle = ink;
+        ctx.fillText(texts[layer * heads + head], middle, y + height / 2 + 0.5);
       }
     }
     if (picked) outline(ctx, picked, theme, []);
@@ -193,14 +229,16 @@ function render({ model, el }) {
     const cells = Array.from({ length: layers * heads }, (_, i) => ({ layer: Math.floor(i / heads), head: i % heads }));
     const known = cells.filter((cell) => !Number.isNaN(value(cell))).sort((a, b) => value(a) - value(b));
     const ends = known.length ? `Lowest: ${tell(known[0])}. Highest: ${tell(known.at(-1))}.` : "No values apply.";
-    return `${get("metric")}, ${layers} layers by ${heads} heads. ${ends} Arrow keys move, Enter selects.`;
+    const told = get("sign_names").map((name, i) => `${name} in ${cells.filter((cell) => sign(cell) === i + 1).length}`);
+    const about = signs.length ? ` ${told.join(", ")} heads.` : "";
+    return `${get("metric")}, ${layers} layers by ${heads} heads.${about} ${ends} Arrow keys move, Enter selects.`;
   };
 
   const same = (a, b) => a?.layer === b?.layer && a?.head === b?.head;
   const view = stage(model, el, {
     plan, paint, label, tell, box,
     at: (x, y) => (grid && layers ? cellAt(grid, x, y) : null),
-    facts: (cell) => ({ value: value(cell), text: tell(cell) }),
+    facts: (cell) => ({ value: value(cell), sign: signName(cell), text: tell(cell) }),
     aim: (cell, by) => {
       const before = cursor ?? pointed;
       if (by === "keys") cursor = cell;

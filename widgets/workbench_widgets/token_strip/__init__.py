@@ -117,4 +117,5 @@ class TokenStrip(ShowsTokens, Component):
     tint = t.Unicode("", help="CSS colour of what is kept, such as the lane's; empty: the host's accent").tag(sync=True)
     legend = t.Unicode(LEGEND, help="JSON: code, name, look and held of every status").tag(sync=True)
     picked = t.Int(-1, help="the token that is outlined, or -1").tag(sync=True)
+    reveal = t.Int(0, help="counts up to bring the strip into sight and put the keyboard on it").tag(sync=True)
     hint = t.Unicode("No tokens yet: run a lane to see what it keeps.").tag(sync=True)

@@ -380,6 +380,11 @@ function render({ model, el }) {
   view.heed(["seq"], load);
   view.heed(["picked"], takePicked);
   view.heed(["tint", "hint"], () => {});
+  view.heed(["reveal"], () => {
+    const canvas = el.querySelector("canvas");
+    canvas.scrollIntoView({ block: "nearest" });
+    canvas.focus({ preventScroll: true });
+  });
   return view.close;
 }
 

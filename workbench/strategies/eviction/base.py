@@ -87,7 +87,9 @@ class Allocator(Declared):
         """After the prompt's last chunk attended in a layer."""
         count = self.count(method, view)
         if count < view.length:
-            method.keep(view, method.selector_part.pick(method.score(view), count))
+            scores = method.score(view)
+            view.note_scores(scores)
+            method.keep(view, method.selector_part.pick(scores, count))
 
     def after_prompt(self, method: Eviction, views: Sequence[LayerView]) -> None:
         """After the last layer."""

@@ -38,11 +38,10 @@ class CriticalKV(Wrapper):
     def choose(self, view: LayerView, rows: list[Tensor], safe: int) -> list[Tensor]:
         plain = self.need(view).flatten(0, 1)  # [B * H, n]
         norms = value_norms(view.values(), view.output_weight()).flatten(0, 1)
-        chosen = []
-        for row, best in enumerate(rows):
-            first = max(safe, int(len(best) * self.first_stage))
-            chosen.append(select_top(self.weighed(plain[row], norms[row], first), len(best)))
-        return chosen
+        firsts = [max(safe, int(len(best) * self.first_stage)) for best in rows]
+        weighed = [self.weighed(*row) for row in zip(plain, norms, firsts, strict=True)]
+        view.note_scores(torch.stack(weighed).unflatten(0, (view.batch, view.kv_heads)))
+        return [select_top(scores, len(best)) for scores, best in zip(weighed, rows, strict=True)]
 
     def weighed(self, plain: Tensor, norms: Tensor, first: int) -> Tensor:
         """Scores [..., n] times the values' norms; the ``first`` best as they were stay."""

@@ -113,6 +113,7 @@ class Locret(Eviction):
         stable = 0 if cut == view.prompt_length - local else min(self.stabilizers, budget // 2)
         if view.length > budget + beyond:
             scores = protect_last(view.state["scores"], beyond + stable)
+            view.note_scores(scores)
             self.keep(view, self.selector_part.pick(scores, budget + beyond))
 
     def score(self, view: LayerView) -> Tensor:

@@ -24,7 +24,9 @@ class AdaKVAllocator(Allocator):
     def after_prefill(self, method: Eviction, view: LayerView) -> None:
         count = self.count(method, view)
         if count < view.length:
-            rows = self.select(method.need(view), count)
+            needs = method.need(view)
+            view.note_scores(needs)
+            rows = self.select(needs, count)
             method.keep(view, method.choose(view, rows, int(count * self.alpha)))
 
     def select(self, scores: Tensor, count: int) -> list[Tensor]:

@@ -57,6 +57,7 @@ class CakeAllocator(Allocator):
         attention = view.window_attention(window)[..., : max(0, view.length - window)]
         view.state["preference"] = torch.tensor(preference(attention, self.tau1, self.tau2), dtype=torch.float64)
         view.state["scores"] = method.score(view)  # [1, H, n]
+        view.note_scores(view.state["scores"])
         if self.cascade:
             self.cut(method, [*view.earlier(), view])
 

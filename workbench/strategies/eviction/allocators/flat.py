@@ -16,4 +16,6 @@ class FlatAllocator(Allocator):
     def after_prefill(self, method: Eviction, view: LayerView) -> None:
         total = tokens_kept_together(method.budget, view.prompt_length, view.kv_heads)
         if total < view.kv_heads * view.length:
-            method.keep(view, method.choose(view, flat_rows(method.need(view), total), safe=0))
+            needs = method.need(view)
+            view.note_scores(needs)
+            method.keep(view, method.choose(view, flat_rows(needs, total), safe=0))

@@ -25,6 +25,7 @@ class GlobalAllocator(Allocator):
     def after_prefill(self, method: Eviction, view: LayerView) -> None:
         if not self.keeps_all(method, view):
             view.state["scores"] = method.need(view)  # [B, H, n]
+            view.note_scores(view.state["scores"])
 
     def after_prompt(self, method: Eviction, views: Sequence[LayerView]) -> None:
         if self.keeps_all(method, views[0]):

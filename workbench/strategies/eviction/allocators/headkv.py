@@ -46,6 +46,7 @@ class HeadKVAllocator(Allocator):
         if min(counts) == view.length:
             return
         scores = method.score(view)  # [B, H, n]
+        view.note_scores(scores)
         method.keep(view, [select_top(row, count) for batch in scores for row, count in zip(batch, counts)])
 
     def head_budgets(self, method: Eviction, view: LayerView) -> list[list[int]]:
