@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import fields
 from unittest.mock import patch
@@ -15,6 +16,10 @@ from torch import Tensor
 from workbench_kernels import attention_reference, counting
 from workbench_kernels.codes import decode_weights, encode_weights
 from workbench_kernels.counting import AttentionCounts, attend_counting
+from workbench_kernels.counting_triton import count_attention
+
+NO_TRITON = importlib.util.find_spec("triton") is None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def exact(q: Tensor, k: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
@@ -121,6 +126,40 @@ def test_every_count_equals_that_of_the_full_matrix(
     sinks = torch.randn(heads, generator=generator) if with_sinks else None
     with patch.object(counting, "ROWS", rows):
         check(q, k, v, cells, chunks, window, softcap, sinks)
+
+
+@pytest.mark.skipif(NO_TRITON, reason="triton is not installed here")
+@pytest.mark.parametrize(
+    "tokens, cells, chunk, dim, window, softcap, with_sinks",
+    [
+        (1, 4, 1, 16, None, None, False),
+        (70, 2, 1, 24, None, None, False),  # a cell, and a chunk, that ends within a tile; an odd head_dim
+        (90, 5, 9, 16, 37, None, False),
+        (24, 8, 8, 16, None, 2.0, True),  # cells narrower than a tile
+        (75, 1, 1, 16, 20, 2.0, True),  # wider than one
+    ],
+)
+def test_the_kernel_counts_what_the_twin_counts(
+    tokens: int, cells: int, chunk: int, dim: int, window: int | None, softcap: float | None, with_sinks: bool
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    q = 3 * torch.randn(1, 4, tokens, dim, generator=generator).to(DEVICE)
+    k = torch.randn(1, 2, tokens, dim, generator=generator).to(DEVICE)
+    how = {
+        "window": window,
+        "softcap": softcap,
+        "sinks": torch.randn(4, generator=generator).to(DEVICE) if with_sinks else None,
+    }
+    twin, kernel = (AttentionCounts.empty(4, tokens, cells, 3, DEVICE) for _ in range(2))
+    for start in range(0, tokens, chunk * twin.cell):
+        stop = min(tokens, start + chunk * twin.cell)
+        attend_counting(q[:, :, start:stop], k[:, :, :stop], k[:, :, :stop], 0.3, twin, **how)
+        count_attention(q[:, :, start:stop], k[:, :, :stop], 0.3, kernel, **how)
+    for name in ("columns", "sink", "distance", "entropy"):
+        torch.testing.assert_close(getattr(kernel, name), getattr(twin, name), atol=2e-4, rtol=1e-4, msg=name)
+    for name in ("largest", "mean"):
+        a, b = (getattr(x, name).int() for x in (kernel, twin))
+        assert torch.equal(a == 0, b == 0) and int((a - b).abs().max()) <= 1  # rounding may fall on either side
 
 
 def test_a_needle_stays_visible_in_the_largest_and_vanishes_in_the_mean() -> None:

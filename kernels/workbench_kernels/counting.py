@@ -98,6 +98,17 @@ def visible_pairs(rows: Tensor, columns: Tensor, window: int | None = None) -> T
     return pairs.diff(dim=0).diff(dim=1)
 
 
+def check_queries(q: Tensor, k: Tensor, counts: AttentionCounts) -> None:
+    """ValueError for queries that :func:`attend_counting` does not take."""
+    entries, start = k.shape[2], k.shape[2] - q.shape[2]
+    if q.shape[0] != 1:
+        raise ValueError(f"attention is counted for one row at a time, got a batch of {q.shape[0]}")
+    if start % counts.cell or (entries % counts.cell and entries != counts.tokens):
+        raise ValueError(
+            f"queries {start} to {entries - 1} cut a map row of {counts.cell}; feed the prompt in multiples of it"
+        )
+
+
 def attend_counting(
     q: Tensor,
     k: Tensor,
@@ -122,14 +133,9 @@ def attend_counting(
     Raises:
         ValueError: more than one row, or queries that cut a map row.
     """
+    check_queries(q, k, counts)
     entries, queries = k.shape[2], q.shape[2]
     start = entries - queries
-    if q.shape[0] != 1:
-        raise ValueError(f"attention is counted for one row at a time, got a batch of {q.shape[0]}")
-    if start % counts.cell or (entries % counts.cell and entries != counts.tokens):
-        raise ValueError(
-            f"queries {start} to {entries - 1} cut a map row of {counts.cell}; feed the prompt in multiples of it"
-        )
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
     out = q.new_empty(1, heads, queries, v.shape[-1])

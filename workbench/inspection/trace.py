@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench.inspection.overlap import held_masks
 from workbench.inspection.queries import Queries, rows_to_hold
 from workbench.inspection.retained import mass_on
-from workbench.inspection.scores import held_mask
 from workbench.inspection.tile import Reduce, Tile, plan_rows, pool
 from workbench_kernels.counting import AttentionCounts, attend_counting
+from workbench_kernels.counting_triton import count_attention, triton
 from workbench_kernels.rows import row_weights
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ class CountingReader:
         if counts is None:
             return layer.store.attend(query)
         self.queries.hold(layer.index, query)
-        keys, values = layer.store.keys(), layer.store.values()
-        return attend_counting(
-            query.q, keys, values, query.scale, counts,
-            window=query.window, softcap=query.softcap, sinks=query.sinks,
-        )  # fmt: skip
+        how = {"window": query.window, "softcap": query.softcap, "sinks": query.sinks}
+        keys = layer.store.keys()
+        if query.q.is_cuda and triton is not None:
+            count_attention(query.q, keys, query.scale, counts, **how)
+            return layer.store.attend(query)
+        return attend_counting(query.q, keys, layer.store.values(), query.scale, counts, **how)
 
 
 class AttentionTrace:
@@ -147,10 +149,10 @@ class AttentionTrace:
         """
         group = self.model.geometry.num_heads // self.model.geometry.num_kv_heads
         every = torch.arange(len(self.prompt))
+        masks = held_masks(kept, len(self.prompt)).repeat_interleave(group, 1)  # [L, Hq, T]
         shares = []
         for layer in self.layers:
-            masks = held_mask(kept[layer], len(self.prompt))  # [H, T]
-            for head, held in enumerate(masks.repeat_interleave(group, 0)):
+            for head, held in enumerate(masks[layer]):
                 weights = self.column_mass(layer)[head, None] if query is None else self.rows(layer, head, [query])
                 shares.append(mass_on(weights.cpu(), every, held))
         return torch.cat(shares).unflatten(0, (len(self.layers), -1))
