@@ -122,7 +122,9 @@ def measure_tiles(trace: AttentionTrace, repeats: int) -> tuple[dict[str, dict[s
     out: dict[str, dict[str, Any]] = {}
     largest = 0
     for view, (start, extent) in VIEWS.items():
-        width = int(tokens * extent) if extent <= 1 else min(tokens, int(extent))
+        width = max(1, int(tokens * extent)) if extent <= 1 else int(extent)
+        if width > tokens or (extent > 1 and width == tokens):
+            continue  # the whole prompt was looked at
         for step in ("first picture", "refined"):
             seconds, shown = [], []
             for number in range(repeats):

@@ -103,8 +103,8 @@ def plan_rows(
 ) -> Plan:
     """All queries where they fit the budget, else at least one for each line, the same ones every time.
 
-    A sample has ``always`` and the prompt's last queries in it, as far as they are in view, and prefers queries that are
-    held, because the others have to be computed again.
+    A sample has ``always`` and the prompt's last queries in it, as far as they are in view and whatever they cost, and
+    prefers queries that are held, because the others have to be computed again.
 
     Args:
         tokens: of the prompt.
@@ -117,24 +117,29 @@ def plan_rows(
     total = len(everything) * row_cost + int((~known).sum()) * again_cost
     if total <= budget and (limit is None or len(everything) <= limit):
         return Plan(everything, -(-len(everything) // height))
-    room = min(limit if limit is not None else len(everything), int(max(1, budget // row_cost)))
-    near = everything[known]
-    if len(near) < min(room, height):  # too few held: what the budget has left computes more
-        left = max(0.0, budget - len(near) * row_cost)
-        room = min(room, len(near) + int(left // (row_cost + again_cost)))
-    room = max(1, room)
-    lines = -(-len(everything) // -(-len(everything) // min(height, room)))
-    per_line = -(-len(everything) // lines)
     wanted = torch.cat([always, torch.arange(min(q1, max(q0, tokens - LAST)), q1)])
     wanted = wanted[(wanted >= q0) & (wanted < q1)].unique()
+    room = max(1, min(len(everything) if limit is None else limit, int(budget // row_cost)))
+    while True:  # fewer rows, and coarser lines, until what has to be computed again fits too
+        plan = _sample(q0, q1, min(height, room), room, everything[known], wanted)
+        beyond = plan.at[~torch.isin(plan.at, wanted)]
+        cost = len(beyond) * row_cost + int((~known[beyond - q0]).sum()) * again_cost
+        if cost <= budget or room == 1:
+            return plan
+        room //= 2
+
+
+def _sample(q0: int, q1: int, lines: int, rows: int, held: Tensor, wanted: Tensor) -> Plan:
+    """About ``rows`` queries, at least one in each of at most ``lines`` lines, held ones where a line has any."""
+    per_line = -(-(q1 - q0) // lines)
     first = torch.arange(q0, q1, per_line)[:, None]  # of every line
-    each = max(1, room // lines)
+    each = max(1, rows // len(first))
     strata = stratified(first + torch.arange(each + 1) * (q1 - first).clamp_max(per_line) // each).flatten()
-    if len(near):  # the nearest row that is held, where it lies in the same line
-        place = torch.searchsorted(near, strata).clamp_max(len(near) - 1)
+    if len(held):
+        place = torch.searchsorted(held, strata).clamp_max(len(held) - 1)
         before = (place - 1).clamp_min(0)
-        closer = (strata - near[before]).abs() <= (near[place] - strata).abs()
-        nearest = torch.where(closer, near[before], near[place])
+        closer = (strata - held[before]).abs() <= (held[place] - strata).abs()
+        nearest = torch.where(closer, held[before], held[place])
         strata = torch.where((nearest - q0) // per_line == (strata - q0) // per_line, nearest, strata)
     return Plan(torch.cat([strata, wanted]).unique(), per_line)
 
