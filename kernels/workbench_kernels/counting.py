@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench_kernels.codes import encode_weights
 
-ROWS = 128  # queries in a block: enough for the matrix product to be at its best
+ROWS = 64  # queries in a block: enough for the matrix product to be near its best, few enough for the weights to stay cached
 CELLS = 1 << 22  # logits of one head in a block at most: 16 MiB
 BATCH_CELLS = 1 << 20  # logits of a block up to which several heads go together
 TELLING = 1e-30  # a weight from which the logarithm of the sum can be told; float32 ends at 1e-38

@@ -48,7 +48,7 @@ class CountingReader:
         if counts is None:
             return layer.store.attend(query)
         self.queries.hold(layer.index, query)
-        how = {"window": query.window, "softcap": query.softcap, "sinks": query.sinks}
+        how: dict[str, Any] = {"window": query.window, "softcap": query.softcap, "sinks": query.sinks}
         keys = layer.store.keys()
         if query.q.is_cuda and triton is not None:
             count_attention(query.q, keys, query.scale, counts, **how)
