@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from workbench.bench.contest import can_count, resident_peak
 from workbench.bench.latency import percentiles
-from workbench.bench.peak import can_count, high_water, in_own_process
+from workbench.bench.peak import in_own_process
 from workbench.bench.subjects import RANDOM_NAME, SMALL_NAME, TINY_NAME, plain_twin, random_ids, subject
 from workbench.cache.cache import WorkbenchCache
 from workbench.cache.segments import DenseSegment
@@ -264,7 +265,7 @@ def peak_of(name: str, length: int, way: str) -> dict[str, int]:
     model = subject(name)
     read = {"plain": _plain, "full": _full, "inspect": _inspect, "matrices": _matrices}[way](model)
     read(64)  # the libraries' own buffers are no part of it
-    return high_water(lambda: read(length))
+    return resident_peak(lambda: read(length))
 
 
 def _room_for(size: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.table import Table
 from workbench.commands.output import check_target, console, size, write_result
 from workbench.errors import WorkbenchError
 
-SUBJECTS = ("speed", "bytes", "kernels", "load", "rerun", "app", "inspect")
+USUAL = ("speed", "bytes", "kernels", "load", "rerun", "app")
+SUBJECTS = (*USUAL, "eviction", "accuracy", "inspect")
+MARK = {None: "", True: "reached", False: "MISSED"}
 
 
 def measure(
@@ -26,6 +29,9 @@ def measure(
     rounds: int | None,
     quick: bool,
     json_file: str | None,
+    methods: list[str] | None = None,
+    samples: int | None = None,
+    kvpress_python: str | None = None,
 ) -> int:
     """Measure; 0, or 1 where a figure that is asked for is not reached or a speed was refused."""
     unknown = [name for name in subjects if name not in SUBJECTS]
@@ -34,8 +40,10 @@ def measure(
     if any(length < 16 for length in lengths or []):
         raise WorkbenchError(f"--length must be at least 16 tokens, got {min(lengths or [0])}.")
     check_target(json_file)
+    from workbench.bench.accuracy import eviction_methods, measure_accuracy
     from workbench.bench.app import measure_app
     from workbench.bench.cache_bytes import measure_bytes
+    from workbench.bench.eviction import PAIRS, measure_eviction
     from workbench.bench.inspect import measure_inspect
     from workbench.bench.kernels import measure_kernels
     from workbench.bench.latency import measure_load, measure_rerun
@@ -43,9 +51,16 @@ def measure(
     from workbench.strategies.recipe import Recipe
 
     recipes = [Recipe.parse(text).text for text in recipes] if recipes else None
+    for subject, known in (("eviction", list(PAIRS)), ("accuracy", eviction_methods())):
+        if subject in subjects and (strange := sorted(set(methods or ()) - set(known))):
+            raise WorkbenchError(f"'{strange[0]}' is not measured by {subject}; there are {', '.join(known)}.")
+    if kvpress_python and shutil.which(kvpress_python) is None:
+        raise WorkbenchError(
+            f"{kvpress_python} is no program; give --kvpress-python the Python of an environment that has kvpress."
+        )
     result: dict[str, Any] = {
         "schema": 1,
-        "command": command_line(subjects, recipes, lengths, rounds, quick),
+        "command": command_line(subjects, recipes, lengths, rounds, quick, methods, samples, bool(kvpress_python)),
         "commit": commit(),
         "quick": quick,
         "machine": describe_machine(),
@@ -57,11 +72,13 @@ def measure(
         "load": lambda: measure_load(rounds, quick, _tell),
         "rerun": lambda: measure_rerun(rounds, quick, _tell),
         "app": lambda: measure_app(rounds, quick, _tell),
+        "eviction": lambda: measure_eviction(methods, lengths, rounds, kvpress_python, quick, _tell),
+        "accuracy": lambda: measure_accuracy(methods, samples, quick, _tell),
         "inspect": lambda: measure_inspect(lengths, rounds, quick, _tell),
     }
     failed: dict[str, str] = {}
     out = console() if json_file is None else Console(stderr=True, width=160, highlight=False)
-    for name in dict.fromkeys(subjects or SUBJECTS):
+    for name in dict.fromkeys(subjects or USUAL):
         try:
             result[name] = measurements[name]()
         except Exception as error:  # what the others measured is not lost
@@ -81,13 +98,23 @@ def measure(
 
 
 def command_line(
-    subjects: Sequence[str], recipes: list[str] | None, lengths: list[int] | None, rounds: int | None, quick: bool
+    subjects: Sequence[str],
+    recipes: list[str] | None,
+    lengths: list[int] | None,
+    rounds: int | None,
+    quick: bool,
+    methods: list[str] | None = None,
+    samples: int | None = None,
+    kvpress: bool = False,
 ) -> str:
-    """The command that repeats a measurement."""
+    """The command that repeats a measurement; whose kvpress it was is nobody else's path."""
     words = ["kvw", "bench", *subjects]
     words += [word for recipe in recipes or [] for word in ("--recipe", recipe)]
     words += [word for length in lengths or [] for word in ("--length", str(length))]
     words += ["--rounds", str(rounds)] if rounds else []
+    words += [word for method in methods or [] for word in ("--method", method)]
+    words += ["--samples", str(samples)] if samples else []
+    words += ["--kvpress-python", "PYTHON"] if kvpress else []
     return shlex.join([*words, "--quick"] if quick else words)
 
 
@@ -106,14 +133,15 @@ def _speed(recipes: list[str] | None, lengths: list[int] | None, rounds: int | N
 
 
 def _missed(result: dict[str, Any]) -> bool:
-    """Whether a speed was refused or a figure that is asked for was not reached."""
-    kernels = result.get("kernels", {}).get("cases", [])
-    refused = any("refused" in case for case in [*result.get("speed", {}).get("times", []), *kernels])
-    if any(case.get("reached") is False for case in kernels):
-        return True
-    lanes = [lane for case in result.get("bytes", []) for lane in case["lanes"].values()]
+    """Whether a speed was refused, a method failed, or a figure that is asked for was not reached."""
+    eviction, kernels = result.get("eviction", {}), result.get("kernels", {}).get("cases", [])
+    refused = any("refused" in case for case in [*result.get("speed", {}).get("times", []), *kernels, eviction])
+    failed = any("failed" in method for method in eviction.get("methods", {}).values())
+    cases = [*result.get("bytes", []), *eviction.get("held", [])]
+    asked = [*kernels, *(lane for case in cases for lane in case["lanes"].values())]
+    missed = any(figure.get("reached") is False for figure in asked)
     inspected = [reached for case in result.get("inspect", []) for reached in case["reached"].values()]
-    return refused or any(lane["reached"] is False for lane in lanes) or not all(inspected)
+    return refused or failed or missed or not all(inspected)
 
 
 def _show_speed(speed: dict[str, Any], out: Console) -> None:
@@ -155,8 +183,7 @@ def _show_bytes(cases: list[dict[str, Any]], out: Console) -> None:
         table = Table("recipe", "held", "of full", "at most", "")
         for name, lane in case["lanes"].items():
             limit = "" if lane["at_most"] is None else f"{lane['at_most']:.2f}x"
-            mark = {None: "", True: "reached", False: "MISSED"}[lane["reached"]]
-            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, mark)
+            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, MARK[lane["reached"]])
         out.print(table)
 
 
@@ -235,6 +262,66 @@ def _show_waits(found: dict[str, Any], out: Console) -> None:
     out.print(table)
 
 
+def _show_eviction(found: dict[str, Any], out: Console) -> None:
+    kvpress = found["kvpress"]
+    against = f"against kvpress {kvpress['kvpress']}" if kvpress else "without kvpress"
+    out.print(
+        f"{found['model']}, {found['dtype']}, budget {found['budget']}, {found['threads']} threads, {found['rounds']} rounds, "
+        f"prompt and {found['decoded']} tokens, {against}",
+        markup=False,
+    )
+    if "refused" in found:
+        out.print(found["refused"], markup=False)
+        return
+    table = Table(
+        "method", "tokens", "s", "of kvpress", "range", "decode", "peak", "of kvpress", "held", "of full", "there"
+    )
+    for name, method in found["methods"].items():
+        if "failed" in method:
+            table.add_row(escape(name), escape(method["failed"]))
+            continue
+        ours, theirs, ratio = method["workbench"], method.get("kvpress", {}), method["ratio"]
+        total, decode = ratio.get("total"), ratio.get("decode")
+        table.add_row(
+            escape(name),
+            f"{method['tokens']:,}",
+            f"{ours['total']:.2f}",
+            f"{total['ratio']:.3f}x" if total else "",
+            f"{total['low']:.3f}-{total['high']:.3f}" if total else "",
+            f"{decode['ratio']:.3f}x" if decode else "",
+            size(ours["peak"]) if "peak" in ours else "",
+            f"{ratio['peak']:.3f}x" if "peak" in ratio else "",
+            size(ours["held"]),
+            f"{ours['of_full']:.4f}",
+            f"{theirs['of_full']:.4f}" if theirs else "",
+        )
+    out.print(table)
+    for case in found["held"]:
+        out.print(f"{case['model']}, {case['tokens']:,} tokens: bytes held, of full", markup=False)
+        table = Table("recipe", "most at a layer's boundary", "after the prompt", "")
+        for name, lane in case["lanes"].items():
+            if "left_out" in lane:
+                table.add_row(escape(name), escape(lane["left_out"]))
+                continue
+            boundary = f"{lane['boundary']:.4f}" + ("" if lane["cascades"] else " (not asked)")
+            table.add_row(escape(name), boundary, f"{lane['end']:.4f}", MARK[lane["reached"]])
+        out.print(table)
+
+
+def _show_accuracy(found: dict[str, Any], out: Console) -> None:
+    if "skipped" in found:
+        out.print(f"Not measured: {found['skipped']}.", markup=False)
+        return
+    for mode, right in found["full"].items():
+        out.print(f"{found['model']}, {mode}: right of {found['samples']}; the full cache {right}", markup=False)
+        table = Table("method", *map(str, found["budgets"]))
+        for name, by_mode in found["methods"].items():
+            table.add_row(escape(name), *map(str, by_mode[mode]))
+        out.print(table)
+    for reason in found["left_out"].values():
+        out.print(reason, markup=False)
+
+
 SHOW: dict[str, Callable[[Any, Console], None]] = {
     "speed": _show_speed,
     "bytes": _show_bytes,
@@ -242,5 +329,7 @@ SHOW: dict[str, Callable[[Any, Console], None]] = {
     "load": _show_waits,
     "rerun": _show_waits,
     "app": _show_waits,
+    "eviction": _show_eviction,
+    "accuracy": _show_accuracy,
     "inspect": _show_inspect,
 }
