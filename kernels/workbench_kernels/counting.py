@@ -10,7 +10,8 @@ Axes: Hq query heads, H KV heads, G group, T tokens of the prompt, C cells on ei
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,8 @@ class AttentionCounts:
 
     def of_heads(self, heads: slice) -> AttentionCounts:
         """Those of some heads: views, so that adding to them adds here."""
-        parts = {name: x[heads] if isinstance(x, Tensor) else x for name, x in vars(self).items()}
-        return AttentionCounts(**parts)
+        parts: dict[str, Any] = {name: x[heads] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **parts)
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in vars(self).values() if isinstance(x, Tensor))
@@ -220,9 +221,9 @@ class _HeadBlock:
             counts.sink[:, row] += sums[..., : counts.sinks - first].sum(-1)
         pairs = self.pairs[row.start - self.start // counts.cell :][:lines]
         total, peak = _pooled(sums, most, first, counts.cell, pairs.shape[1])
-        seen = (pairs > 0).expand_as(peak)
-        counts.largest[:, row] = encode_weights(peak, seen)
-        counts.mean[:, row] = encode_weights(total / pairs.clamp_min(1), seen)
+        shown = (pairs > 0).expand_as(peak)
+        counts.largest[:, row] = encode_weights(peak, shown)
+        counts.mean[:, row] = encode_weights(total / pairs.clamp_min(1), shown)
 
     def _weights(self, r0: int, r1: int) -> tuple[Tensor, Tensor]:
         """Weights and logits [h * g, R, m] of the queries r0 to r1 over what the first of them sees, up to the last.

@@ -24,6 +24,7 @@ try:
 except ImportError:  # the torch twin does the work
     triton = None
 
+AVAILABLE = triton is not None
 ROWS, ENTRIES = 64, 64  # of a tile
 
 

@@ -21,7 +21,7 @@ from workbench.inspection.queries import Queries, rows_to_hold
 from workbench.inspection.retained import mass_on
 from workbench.inspection.tile import Reduce, Tile, plan_rows, pool
 from workbench_kernels.counting import AttentionCounts, attend_counting
-from workbench_kernels.counting_triton import count_attention, triton
+from workbench_kernels.counting_triton import AVAILABLE, count_attention
 from workbench_kernels.rows import row_weights
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class CountingReader:
         self.queries.hold(layer.index, query)
         how: dict[str, Any] = {"window": query.window, "softcap": query.softcap, "sinks": query.sinks}
         keys = layer.store.keys()
-        if query.q.is_cuda and triton is not None:
+        if query.q.is_cuda and AVAILABLE:
             count_attention(query.q, keys, query.scale, counts, **how)
             return layer.store.attend(query)
         return attend_counting(query.q, keys, layer.store.values(), query.scale, counts, **how)
