@@ -253,7 +253,29 @@ def test_other_architectures(name: str) -> None:
     assert out == (name != "gpt2")  # the first layer's window has passed the first token; GPT-2 has none
 
 
-def test_a_question_is_followed_after_the_compression() -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "xquant(bits=4)",
+        "xquant(bits=2)",
+        "mustafar",
+        "think",
+        "streaming_llm(budget=20, rerotate=True)",
+        "fastkv(budget=0.25)",
+    ],
+)
+def test_other_ways_of_holding_a_cache(recipe: str) -> None:
+    cmp = wb.compare(build(), prompt(70), ["full", recipe], max_new_tokens=4, chunk=32)
+    found = wb.drift(cmp, 1, floor=False)
+    assert found.floor is None and found.local.values["kl"].shape == (4, 3, 4)
+    assert not any(bool(x.isinf().any()) for x in found.local.values.values())
+    assert found.turned_keys == ("rerotate" in recipe)
+    # In layer 0 both modes see the same embeddings.
+    a, b = (x.values["output_relative_l2"][:, 0] for x in (found.local, found.propagated))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_bad_input_cancel_and_progress() -> None:
     model = build()
     with pytest.raises(WorkbenchError, match="no lane 5"):
         wb.drift(wb.compare(model, prompt(20), ["full", "full"], max_new_tokens=1), 5)

@@ -61,6 +61,7 @@ class Local:
         if query.own:
             fed = [layer.store.entries(row) for row in range(layer.store.heads)]
             new = query.q.shape[2]
+            ours.inputs = layer.inputs
             ours.update(*(torch.stack([x[side][-new:] for x in fed])[None] for side in (0, 1)))
         ours.module = layer.module
         ours.attend(
@@ -163,6 +164,8 @@ def _measure(
             for a, b in zip(base.layers, own.layers, strict=True)
         ]
     local = Local(own.clone())
+    if own.tap is not None:  # a cache of layer inputs: the local one is given the reference's
+        own.tap.add(base)
     found: dict[str, list[dict[str, Tensor]]] = {"local": [], "propagated": []}
     errors: dict[str, list[Tensor]] = {"local": [], "propagated": []}
     for ids in fed:
