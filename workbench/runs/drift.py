@@ -89,7 +89,7 @@ def drifting(
     total, done = (2 if floor else 1) * len(fed), 0
     found = []
     # The floor comes first: the reference once more, in chunks that are cut elsewhere.
-    for one, chunk in [(reference, max(1, cmp.chunk // 2 - 1))] * floor + [(recipe, cmp.chunk)]:
+    for one, chunk in [(reference, min(cmp.chunk, len(cmp.prompt)) // 2 + 1)] * floor + [(recipe, cmp.chunk)]:
         work = _measure(cmp, one, reference, chunk, fed, control)
         while True:
             try:
