@@ -250,7 +250,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[SUBJECT]…",
-            help="speed, bytes, kernels, load, rerun, app (these if none is named); eviction, accuracy, inspect, which take longer.",
+            help="speed, bytes, kernels, load, rerun, app (these if none is named); eviction, accuracy, quantization, inspect, "
+            "which take longer.",
         ),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="Recipes for speed; may repeat.")] = None,
@@ -259,9 +260,12 @@ def bench(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Methods for eviction and accuracy; may repeat.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Methods for eviction, accuracy and quantization; may repeat."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Documents for accuracy; 100 if not given.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Documents for accuracy and quantization; 100 if not given.")
+    ] = None,
     kvpress_python: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Python of an environment with kvpress, for eviction to measure against."),
@@ -269,7 +273,8 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to measure.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure speed, bytes and latency against the full cache and plain transformers, eviction also against kvpress."""
+    """Measure speed, bytes and latency against the full cache and plain transformers, eviction also against kvpress; and what
+    eviction and quantization leave of the answers."""
     from workbench.commands.measure import measure
 
     raise typer.Exit(measure(subject or [], recipe, length, rounds, quick, json_file, method, samples, kvpress_python))

@@ -18,7 +18,7 @@ from workbench.commands.output import check_target, console, size, write_result
 from workbench.errors import WorkbenchError
 
 USUAL = ("speed", "bytes", "kernels", "load", "rerun", "app")
-SUBJECTS = (*USUAL, "eviction", "accuracy", "inspect")
+SUBJECTS = (*USUAL, "eviction", "accuracy", "quantization", "inspect")
 MARK = {None: "", True: "reached", False: "MISSED"}
 
 
@@ -48,10 +48,12 @@ def measure(
     from workbench.bench.kernels import measure_kernels
     from workbench.bench.latency import measure_load, measure_rerun
     from workbench.bench.machine import commit, describe_machine
+    from workbench.bench.quantization import measure_quantization, quantization_methods
     from workbench.strategies.recipe import Recipe
 
     recipes = [Recipe.parse(text).text for text in recipes] if recipes else None
-    for subject, known in (("eviction", list(PAIRS)), ("accuracy", eviction_methods())):
+    known_by = {"eviction": list(PAIRS), "accuracy": eviction_methods(), "quantization": quantization_methods()}
+    for subject, known in known_by.items():
         if subject in subjects and (strange := sorted(set(methods or ()) - set(known))):
             raise WorkbenchError(f"'{strange[0]}' is not measured by {subject}; there are {', '.join(known)}.")
     if kvpress_python and shutil.which(kvpress_python) is None:
@@ -74,6 +76,7 @@ def measure(
         "app": lambda: measure_app(rounds, quick, _tell),
         "eviction": lambda: measure_eviction(methods, lengths, rounds, kvpress_python, quick, _tell),
         "accuracy": lambda: measure_accuracy(methods, samples, quick, _tell),
+        "quantization": lambda: measure_quantization(methods, samples, quick, _tell),
         "inspect": lambda: measure_inspect(lengths, rounds, quick, _tell),
     }
     failed: dict[str, str] = {}
@@ -322,6 +325,26 @@ def _show_accuracy(found: dict[str, Any], out: Console) -> None:
         out.print(reason, markup=False)
 
 
+def _show_quantization(found: dict[str, Any], out: Console) -> None:
+    if "skipped" in found:
+        out.print(f"Not measured: {found['skipped']}.", markup=False)
+        return
+    full, samples = found["full"], found["samples"]
+    out.print(
+        f"{found['model']}, {found['tokens']:,} tokens, {samples} documents; the full cache: {full['right']} right, "
+        f"{full['bytes_per_token']:,.0f} bytes a token",
+        markup=False,
+    )
+    table = Table("recipe", "bytes a token", "of full", "KL, nats", "top-1", "right")
+    for name, of in sorted(found["settings"].items(), key=lambda item: item[1]["bytes_per_token"]):
+        held = of["bytes_per_token"]
+        cells = (f"{held:,.0f}", f"{held / full['bytes_per_token']:.3f}", f"{of['kl']:.3g}", f"{of['top1']:.1%}")
+        table.add_row(escape(name), *cells, str(of["right"]))
+    out.print(table)
+    for reason in found["left_out"].values():
+        out.print(reason, markup=False)
+
+
 SHOW: dict[str, Callable[[Any, Console], None]] = {
     "speed": _show_speed,
     "bytes": _show_bytes,
@@ -331,5 +354,6 @@ SHOW: dict[str, Callable[[Any, Console], None]] = {
     "app": _show_waits,
     "eviction": _show_eviction,
     "accuracy": _show_accuracy,
+    "quantization": _show_quantization,
     "inspect": _show_inspect,
 }
