@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.cache.cache import Memory
+    from workbench.inspection.numbers import HeldNumbers
     from workbench.inspection.scores import ScoreLog
     from workbench.inspection.why import Why
     from workbench.models.load import Model
@@ -173,6 +174,20 @@ class Comparison:
         from workbench.runs.replay import finish, scored
 
         return finish(scored(self.model, self.prompt, self.lanes[lane].resolved, self.chunk))[0]
+
+    def numbers(self, lane: int) -> HeldNumbers:
+        """The keys and values a lane holds against the reference's, and the bits they take: the prompt is compressed once more.
+
+        Raises:
+            WorkbenchError: the reference did not finish.
+        """
+        from workbench.runs.replay import finish, numbers
+
+        if self._trace is None:
+            raise WorkbenchError(
+                "The reference lane did not finish, so there is nothing to compare with; run it again."
+            )
+        return finish(numbers(self.model, self._trace.cache, self.prompt, self.lanes[lane].resolved, self.chunk))
 
     def retained(self, lane: int, answer: int = 0) -> Tensor:
         """What share of the reference's attention, at each of its steps, fell on entries the lane held then.
