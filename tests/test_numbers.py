@@ -28,6 +28,7 @@ QUANTIZED = [
     "mikv(importance=0.5)",
     "bfp()",
     "mustafar()",
+    'rotatekv(bits=4, reorder="none")',
 ]
 RECIPES = [
     *QUANTIZED,
@@ -129,6 +130,18 @@ def test_precision_follows_saliency(recipe: str, recent: int) -> None:
             assert float(bits.min()) < float(bits.max())
             many, few = (saliency[head, older][bits == level] for level in (bits.max(), bits.min()))
             assert float(many.min()) >= float(few.max())
+
+
+def test_a_rotation_changes_neither_length_nor_error_of_a_token() -> None:
+    found, _, _ = held('rotatekv(bits=4, reorder="none")')
+    for side in (found.layers[0].keys, found.layers[0].values):
+        assert side.rotated is not None and side.rotated[0].shape == (1, T, 64)  # two heads of 32 channels together
+        coded = (side.state == CODED).all(0)
+        assert bool(coded.any()) and bool(side.rotated[1][0, ~coded].isnan().all())
+        for plain, turned in zip((side.size, side.error), side.rotated, strict=True):
+            lengths = plain.square().sum((0, 2)).sqrt()
+            torch.testing.assert_close(turned[0].norm(dim=-1)[coded], lengths[coded], rtol=1e-3, atol=1e-4)
+    assert held("kivi(group_size=16)")[0].layers[0].keys.rotated is None
 
 
 def test_more_bits_are_nearer() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.cache.coded import CodedSegment
 from workbench.cache.ragged import RaggedSegment
 from workbench.cache.schemes.base import Verbatim
+from workbench.cache.schemes.rotated import Rotated
 from workbench.cache.segments import DenseSegment, UniformSegment
 from workbench.cache.sides import Side
 from workbench.cache.tiers import TieredSegment
@@ -41,6 +42,8 @@ class SideNumbers:
         bits: float16 [H, T], measured bits of a number of this token, scales and all else of its run included, so equal
             within a run; NaN where the token is gone. What all runs of a layer share is left out.
         step: tokens and channels of a cell.
+        rotated: where heads are rotated together before they are coded (RotateKV), size and error [1, R, C] of the numbers
+            that are coded: all channels of the layer, in the order of the codes; NaN where a token is not held so.
     """
 
     size: Tensor
@@ -49,10 +52,12 @@ class SideNumbers:
     state: Tensor
     bits: Tensor
     step: tuple[int, int]
+    rotated: tuple[Tensor, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.size, self.error, self.relative, self.state, self.bits))
+        maps = (self.size, self.error, *(self.rotated or ()))
+        return sum(t.nbytes for t in (*maps, self.relative, self.state, self.bits))
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ def compare_numbers(reference: Store, lane: Store, tokens: int) -> LayerNumbers:
         wrong = torch.where(both, error, 0.0).double().square().sum((1, 2))
         relative = torch.where(power > 0, (wrong / power).sqrt(), 0.0).float()
         cells = [pooled(grid) for grid in (size, error)]
-        sides.append(SideNumbers(cells[0], cells[1], relative, state, bits.half(), steps(tokens, size.shape[-1])))
+        step = steps(tokens, size.shape[-1])
+        rotated = rotated_maps(lane, side, theirs[side], ours[side])
+        sides.append(SideNumbers(cells[0], cells[1], relative, state, bits.half(), step, rotated))
     return LayerNumbers(*sides)
 
 
@@ -121,6 +128,36 @@ def decoded(store: Store, tokens: int) -> tuple[Tensor, Tensor]:
         for grid, side in zip(out, (keys, values), strict=True):
             grid[head, at[inside]] = side.float().cpu()[inside]
     return out[0], out[1]
+
+
+def rotated_maps(lane: Store, side: int, theirs: Tensor, ours: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Size and error [1, R, C] of the numbers that a rotating scheme codes; None where there is none, or where heads that
+    are rotated together hold different tokens.
+
+    Args:
+        theirs, ours: :func:`decoded` numbers [H, T, D] of the reference and of the lane.
+    """
+    grids: list[Tensor] = []
+    segments = [tier for s in lane.segments for tier in (s.filled if isinstance(s, TieredSegment) else [s])]
+    for segment in segments:
+        if not isinstance(segment, CodedSegment):
+            continue
+        start, tokens = 0, theirs.shape[1]
+        every = segment.positions().expand(segment.batch, segment.heads, -1)[0]
+        for run in (segment.value_side if side else segment.key_side).runs:
+            at = every[:, start : start + run.length]
+            start += run.length
+            scheme = run.scheme
+            if not isinstance(scheme, Rotated):
+                continue
+            index = at[0].cpu().long()
+            if bool((at != at[:1]).any()) or int(index.max()) >= tokens or bool(theirs[:, index].isnan().any()):
+                return None
+            turned = [scheme.rotate(x[:, index][None].to(at.device), at[None, :1])[0].cpu() for x in (theirs, ours)]
+            if not grids:
+                grids = [torch.full((tokens, turned[0].shape[-1]), math.nan) for _ in range(2)]
+            grids[0][index], grids[1][index] = turned[0].abs(), (turned[1] - turned[0]).abs()
+    return (pooled(grids[0][None]), pooled(grids[1][None])) if grids else None
 
 
 @dataclass(frozen=True)
