@@ -52,7 +52,13 @@ class SideNumbers:
     state: Tensor
     bits: Tensor
     step: tuple[int, int]
-    rotated: tuple[Tensor, Tensor] | None = None
+    rotated: tuple[Tensor, Tensor] | None
+    channels: int
+
+    @property
+    def rotated_step(self) -> tuple[int, int]:
+        """Tokens and channels of a cell of :attr:`rotated`."""
+        return steps(self.state.shape[1], self.channels * len(self.state))
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +117,7 @@ def compare_numbers(reference: Store, lane: Store, tokens: int) -> LayerNumbers:
         cells = [pooled(grid) for grid in (size, error)]
         step = steps(tokens, size.shape[-1])
         rotated = rotated_maps(lane, side, theirs[side], ours[side])
-        sides.append(SideNumbers(cells[0], cells[1], relative, state, bits.half(), step, rotated))
+        sides.append(SideNumbers(cells[0], cells[1], relative, state, bits.half(), step, rotated, size.shape[-1]))
     return LayerNumbers(*sides)
 
 
