@@ -16,14 +16,11 @@ HATCH = {"fill_alpha": 0, "line_alpha": 0, "hatch_pattern": "/", "hatch_color": 
 # Much is far from the ground: dark on light, bright on dark. The page's theme is known to the browser alone.
 FOLLOW_THEME = """
 const root = document.documentElement;
-const follow = () => {
-  const names = [...root.classList, ...(document.body?.classList ?? [])].join(" ");
-  const dark = root.dataset.theme === "dark" || /(^|\\s|-)dark(\\s|$)/.test(names) || root.style.colorScheme === "dark";
-  mapper.palette = dark ? bright : deep;
-};
+const follow = () => { mapper.palette = root.classList.contains("dark") ? bright : deep; };
 if (!mapper.tags.includes("follows")) {
   mapper.tags.push("follows");
-  new MutationObserver(follow).observe(root, {attributes: true});
+  const observer = new MutationObserver(() => (mapper.document == null ? observer.disconnect() : follow()));
+  observer.observe(root, {attributes: true, attributeFilter: ["class"]});
 }
 follow();
 """

@@ -125,9 +125,7 @@ def test_mixed_precision_shows_its_saliency(session: Any, closer: Closer, opened
     bits = found.layers[1].values.bits[0]
     assert drawn["square"] == (bits == bits.max()).nonzero().flatten().tolist()
     assert len(drawn["square"]) + len(drawn["circle"]) == len(session.texts) and drawn["x"] == []
-    np.testing.assert_allclose(
-        look.table()["saliency"].astype(float), found.saliency[1][0], rtol=6e-3
-    )  # three digits
+    np.testing.assert_allclose(look.table()["saliency"].astype(float), found.saliency[1][0], rtol=6e-3)  # three digits
 
 
 def test_helpers_of_the_strip() -> None:
@@ -146,7 +144,9 @@ def test_bytes_by_kind_are_the_measured_ones(session: Any, closer: Closer, opene
         assert table["all, B/token"][n] == pytest.approx(lane.memory.used_bytes / tokens, abs=0.06)
     assert table["bits of a number"][0] == "32.00"
     assert "no budget to search" in look._words.object and not look.match.visible
-    bars = [r for r in look._pane.object.renderers if r.glyph.__class__.__name__ == "Quad" and "kind" in r.data_source.data]
+    bars = [
+        r for r in look._pane.object.renderers if r.glyph.__class__.__name__ == "Quad" and "kind" in r.data_source.data
+    ]
     width = sum((r.data_source.data["right"] - r.data_source.data["left"])[A] for r in bars)
     assert width == pytest.approx(session.lanes[A].memory.used_bytes / tokens)
     bars[0].data_source.selected.indices = [A]

@@ -10,7 +10,7 @@ import pandas as pd
 import panel as pn
 import panel_material_ui as pmui
 
-from workbench.inspection.numbers import CODED, GONE, HeldNumbers, SideNumbers
+from workbench.inspection.numbers import CODED, GONE, PLAIN, HeldNumbers, SideNumbers
 from workbench_app import formats
 from workbench_app.ask import LaneState
 from workbench_app.looks import BAR
@@ -71,18 +71,23 @@ class QuantizationError(Look):
         self.lead.object = self._sentence(lane, at, data, size, error, step, rotated)
         who = f"L{at[0]}, all heads together" if rotated else head_name(at)
         self._show(0, f"<b>{who}</b> the reference's |{self.side.value}|", size, step)
-        self._show(1, f"<b>{who}</b> |{self.look(lane).name.lower()} − reference|", error, step)
+        self._show(
+            1,
+            f"<b>{who}</b> the error |{self.look(lane).name.replace('T', 't').replace('Lane', 'lane')} − reference|",
+            error,
+            step,
+        )
         self._note.object = quiet(self._words(data, at, step, rotated))
         grid = np.stack([side_of(found, layer, self.side.value).relative for layer in range(len(found.layers))])
-        self.matrix.show(grid, metric=f"relative error of {self.side.value}", unit="%")
+        self.matrix.show(
+            grid, metric=f"relative error of {self.side.value}", unit="%", low=0.0, high=max(grid.max(), 1e-3)
+        )
         self.matrix.picked = list(at)
         self._frame = self._table(data, at, size, error, step)
 
     def _show(self, number: int, title: str, grid: np.ndarray, step: tuple[int, int]) -> None:
         high = float(np.nanmax(grid, initial=0.0))
-        self._titles[
-            number
-        ].object = f"<p>{title} <span class='quiet'>0 to {high:.3g}, in the model's own numbers</span></p>"
+        self._titles[number].object = f"<p>{title} <span class='quiet'>0 to {high:.3g}</span></p>"
         tokens = len(self.session.texts)
         self._panes[number].object = heat_map(
             grid, step, tokens, high, lambda token: self.state.param.update(key=token)
@@ -117,10 +122,10 @@ class QuantizationError(Look):
             else f"in {span(int(row), step[0], 'token')}"
         )
         if rotated:
+            before, after = (float(np.nanmax(grid)) for grid in (data.size.numpy(), size))
             return (
-                f"<p><b>{name}</b>, layer {at[0]}: after the rotation no {self.side.value[:-1]} channel is above "
-                f"<b>{np.nanmax(size):.3g}</b>; before it, one of {head_name(at)} reaches "
-                f"<b>{float(np.nanmax(data.size[at[1]].numpy())):.3g}</b>.</p>"
+                f"<p><b>{name}</b>, L{at[0]}: rotated, the largest {self.side.value[:-1]} of the layer is <b>{after:.3g}</b>, "
+                f"before it was <b>{before:.3g}</b>.</p>"
             )
         return (
             f"<p><b>{name}</b>, {head_name(at)}: its {self.side.value} are off by <b>{formats.percent(relative, 1)}</b> "
@@ -130,7 +135,9 @@ class QuantizationError(Look):
     def _words(self, data: SideNumbers, at: tuple[int, int], step: tuple[int, int], rotated: bool) -> str:
         parts = []
         if max(step) > 1:
-            parts.append(f"A cell is the largest of {step[0]} tokens × {step[1]} channels.")
+            parts.append(
+                f"A cell is the largest of {formats.count(step[0], 'token')} × {formats.count(step[1], 'channel')}."
+            )
         else:
             parts.append("Exact: a cell is one number.")
         gone = int((data.state[at[1]] == GONE).sum())
@@ -138,8 +145,12 @@ class QuantizationError(Look):
             parts.append("Hatched: tokens that are not held as rotated codes. Keys are rotated as before RoPE.")
         elif gone:
             parts.append(f"Hatched: not held ({gone:,} tokens that the lane dropped), so there is no error to show.")
+        if not rotated and bool((data.state[at[1]] == CODED).any()) and bool((data.state[at[1]] == PLAIN).any()):
+            parts.append("Tokens in full precision have no error.")
         parts.append("Keys are those after RoPE." if self.side.value == KEYS and not rotated else "")
-        parts.append("Each map has its own scale. Click a cell to pick its token, below a head to see it.")
+        parts.append(
+            "Numbers are the model's own, without a unit; each map has its own scale. Click a cell to pick its token; below, a head to see it."
+        )
         return " ".join(part for part in parts if part)
 
     def _table(
@@ -159,7 +170,7 @@ class QuantizationError(Look):
             held = states[token : token + step[0]]
             kinds = [
                 word
-                for word, kind in (("dropped", GONE), ("coded", CODED), ("full precision", 2))
+                for word, kind in (("dropped", GONE), ("coded", CODED), ("full precision", PLAIN))
                 if (held == kind).any()
             ]
             large, off = most(size, row), most(error, row)

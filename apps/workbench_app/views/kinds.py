@@ -23,9 +23,10 @@ from workbench_app.views.look import Look, quiet, sentence
 # Kind -> how full its colour is, and its hatch: the lane's colour alone would not tell kinds apart.
 KINDS: dict[str, tuple[float, str]] = {
     "codes": (0.95, "."), "scales": (0.3, "|"), "outliers": (0.3, "x"), "factors": (0.3, "+"), "bitmaps": (0.3, "o"),
-    "keys": (0.95, " "), "values": (0.45, " "), "window": (0.45, "/"), "positions": (0.1, "-"), "scores": (0.1, "v"),
+    "keys": (0.95, " "), "values": (0.45, " "), "window": (0.45, "/"), "positions": (0.1, "-"), "mask": (0.1, "`"), "scores": (0.1, "v"),
 }  # fmt: skip
-OTHER = (0.1, "`")
+OTHER = (0.1, "*")
+WORDS = {"window": "in the residual window"}  # the others speak for themselves
 
 
 class BytesByKind(Look):
@@ -47,7 +48,7 @@ class BytesByKind(Look):
         self._found: dict[int, tuple[str, str]] = {}  # by lane: the recipe it was given, and what to say of it
         self.match.on_click(lambda _: self._start())
         self.target.param.watch(lambda _: self.refresh(), "value")
-        return [self._pane, self._note, self._row, self._said]
+        return [self._pane, self._note, self._words, self._row, self._said]
 
     def _lanes(self) -> list[LaneState]:
         return [lane for lane in self.session.lanes if lane.memory is not None and not lane.stale and lane.kept]
@@ -71,7 +72,7 @@ class BytesByKind(Look):
         widest = kinds[int(per_token[own].argmax())]
         self.lead.object = (
             f"<p><b>{self.look(lane).name}</b> holds <b>{per_token[own].sum():,.0f} bytes</b> per prompt token"
-            f"{self._spent(bits[own])}, most of them {widest}.</p>"
+            f"{self._spent(bits[own])}, most of them {WORDS.get(widest, widest)}.</p>"
         )
         self._pane.object = self._bars(lanes, kinds, per_token, bits)
         self._note.object = quiet(
@@ -217,7 +218,7 @@ class BytesByKind(Look):
         near = "" if found.close else " One token more or less is already farther off."
         words = (
             f"<p>Found in {found.tries} tries: budget <b>{kept_by(found.budget, tokens)}</b> "
-            f"holds {held}, {target} {wanted} ({100 * found.off:+.1f} %).{near}</p>"
+            f"holds {held}, {target} {wanted} ({signed(found.off)}).{near}</p>"
         )
         self._found[key] = (text, words)
         session.set_recipe(key, text)
@@ -232,3 +233,7 @@ class BytesByKind(Look):
             return words if recipe and Recipe.parse(recipe) == Recipe.parse(lane.recipe) else ""
         except WorkbenchError:
             return ""
+
+
+def signed(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")

@@ -81,7 +81,9 @@ class Precision(Look):
     def _strip(self, sides: dict[str, SideNumbers], head: int) -> Any:
         tokens = len(self.session.texts)
         step = -(-tokens // COLUMNS)
-        plot = chart(160, "prompt token", "", x_range=Range1d(0, tokens), y_range=Range1d(-0.06, 2.06))
+        plot = chart(
+            160, "prompt token (colour: bits of a number)", "", x_range=Range1d(0, tokens), y_range=Range1d(-0.06, 2.06)
+        )
         plot.ygrid.visible = False
         plot.yaxis.ticker = FixedTicker(ticks=[0.5, 1.5])
         plot.yaxis.major_label_overrides = {0.5: "values", 1.5: "keys"}
@@ -117,8 +119,7 @@ class Precision(Look):
                 )
         ticks = range(int(math.log2(max(most, 2.0))) + 1)
         names = {n: f"{2**n}" for n in ticks}
-        bar = colour_bar(mapper, ticker=FixedTicker(ticks=list(ticks)), major_label_overrides=names, title="bits")
-        bar.title_text_font_size, bar.title_text_font_style = "12px", "normal"
+        bar = colour_bar(mapper, ticker=FixedTicker(ticks=list(ticks)), major_label_overrides=names)
         plot.add_layout(bar, "right")
         plot.add_tools(HoverTool(renderers=images, tooltips=[("token", "@token"), ("bits of a number", "@bits{0.00}")]))
         plot.on_event(Tap, lambda event: self._pick(event.x))
