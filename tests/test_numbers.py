@@ -11,7 +11,7 @@ import torch
 import workbench as wb
 from tests.builders import build, prompt
 from workbench.cache.coded import CodedSegment
-from workbench.inspection.numbers import CODED, GONE, PLAIN, pooled, steps
+from workbench.inspection.numbers import CODED, GONE, PLAIN, RESIDUAL, pooled, steps
 from workbench.runs.control import Control
 from workbench.runs.prompt import Cancelled, take_snapshot
 from workbench.runs.replay import finish, numbers, scored
@@ -114,6 +114,7 @@ def test_keys_and_values_leave_the_residual_at_their_own_times() -> None:
     keys, values = found.layers[0].keys, found.layers[0].values
     assert (keys.state[0] == CODED).tolist() == [True] * 96 + [False] * 4  # whole groups of the residual's length
     assert (values.state[0] == CODED).tolist() == [True] * 68 + [False] * 32  # the newest 32 stay
+    assert int((keys.state == RESIDUAL).sum()) == 8 and int((values.state == RESIDUAL).sum()) == 64  # of two heads
     assert float(keys.error[0, 96:].max()) == 0 < float(keys.error[0, :96].max())
     assert float(keys.bits[0, 0]) == 2 + 32 / 16  # two float16 numbers for a group of 16
 

@@ -10,7 +10,7 @@ import pytest
 
 import tests.apps.stand_in  # noqa: F401  (makes the app importable)
 from tests.apps.stand_in import settle
-from workbench.inspection.numbers import CODED, GONE
+from workbench.inspection.numbers import CODED, GONE, PLAIN, RESIDUAL
 from workbench.runs.replay import finish, numbers
 from workbench_app.state import UIState
 from workbench_app.views.closer import Closer
@@ -93,7 +93,7 @@ def test_rotatekv_is_shown_before_and_after_its_rotation(session: Any, closer: C
     look.turned.value = look.turned.options[1]
     data = measured(session, B).layers[1].keys
     np.testing.assert_allclose(image_of(look._panes[0]).T, data.rotated[0][0], rtol=1e-5)
-    assert before.shape != image_of(look._panes[0]).shape and "after the rotation" in look.lead.object
+    assert before.shape != image_of(look._panes[0]).shape and "rotated, the largest key" in look.lead.object
     assert look._panes[0].object.y_range.end == 64
 
 
@@ -103,14 +103,14 @@ def test_the_strip_shows_the_residual_of_each_side(session: Any, closer: Closer,
     for row, data in zip(("keys", "values"), (layer.keys, layer.values), strict=True):
         packed = int((data.state[0] == CODED).sum())
         assert f"{row}: <b>{packed:,}</b> packed" in look.lead.object
-    window = [residual(data.state[0].numpy()) for data in (layer.keys, layer.values)]
     images = [r.data_source.data for r in look._pane.object.renderers if r.glyph.__class__.__name__ == "Image"]
     assert [data["side"] for data in images] == [["keys"], ["values"]]
     np.testing.assert_allclose(images[0]["bits"][0][0], layer.keys.bits[0].float(), rtol=1e-3)
-    total = len(session.texts)
-    boxes = [r.data_source.data for r in look._pane.object.renderers if getattr(r.glyph, "hatch_pattern", None)]
-    lefts = sorted(int(box["left"][0]) for box in boxes if int(box["left"][0]) > 0)
-    assert lefts == sorted(total - n for n in window if n) and lefts
+    boxes = [r.data_source.data for r in look._pane.object.renderers if getattr(r.glyph, "hatch_pattern", None) == "."]
+    for box, data in zip(boxes, (layer.keys, layer.values), strict=True):
+        assert len(box["left"]) == 1  # the newest tokens, without a gap
+        assert int(box["right"][0] - box["left"][0]) == int((data.state[0] == RESIDUAL).sum()) > 0
+        assert int(box["right"][0]) == len(session.texts)
     assert not look._saliency.visible
     assert look.table()["keys"].tolist().count("packed") == int((layer.keys.state[0] == CODED).sum())
 
@@ -129,8 +129,8 @@ def test_mixed_precision_shows_its_saliency(session: Any, closer: Closer, opened
 
 
 def test_helpers_of_the_strip() -> None:
-    state = np.array([CODED, 2, CODED, 2, 2], np.uint8)
-    assert residual(state) == 2 and residual(np.array([2, 2])) == 0 and residual(np.array([CODED, GONE])) == 0
+    assert residual(np.array([CODED, RESIDUAL, GONE, RESIDUAL, RESIDUAL], np.uint8)) == ([1, 3], [2, 5])
+    assert residual(np.array([CODED, GONE, PLAIN])) == ([], [])
     got = mean_of(np.array([2.0, np.nan, np.nan, np.nan, 4.0]), 2)
     np.testing.assert_array_equal(got, [2.0, np.nan, 4.0])
 

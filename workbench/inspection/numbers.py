@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from workbench.cache.store import Store
 
 MOST_ROWS, MOST_CHANNELS = 128, 64  # cells of a map
-GONE, CODED, PLAIN = 0, 1, 2  # what became of a token: dropped, held as codes, held as the model's own numbers
+# What became of a token: dropped, held as codes, held as the model's own numbers for good, or until it is coded.
+GONE, CODED, PLAIN, RESIDUAL = range(4)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SideNumbers:
         error: float32 [H, R, C], the largest |lane - reference| of a cell over tokens that both hold; NaN where none is.
         relative: float32 [H], root mean square of the error over that of the reference's numbers, on tokens that both
             hold; 0 where these are none or all zero.
-        state: uint8 [H, T]: ``GONE``, ``CODED`` or ``PLAIN``.
+        state: uint8 [H, T]: ``GONE``, ``CODED``, ``PLAIN`` or ``RESIDUAL``.
         bits: float16 [H, T], measured bits of a number of this token, scales and all else of its run included, so equal
             within a run; NaN where the token is gone. What all runs of a layer share is left out.
         step: tokens and channels of a cell.
@@ -216,7 +217,7 @@ def side_runs(side: Side) -> Iterator[tuple[int, int, float]]:
         state = PLAIN if isinstance(run.scheme, Verbatim) else CODED
         yield run.length, state, 8 * size / (run.length * per_entry)
     if newest.shape[2]:
-        yield newest.shape[2], PLAIN, 8.0 * newest.element_size()
+        yield newest.shape[2], RESIDUAL, 8.0 * newest.element_size()
 
 
 def steps(tokens: int, channels: int) -> tuple[int, int]:

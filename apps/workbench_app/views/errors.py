@@ -10,7 +10,7 @@ import pandas as pd
 import panel as pn
 import panel_material_ui as pmui
 
-from workbench.inspection.numbers import CODED, GONE, PLAIN, HeldNumbers, SideNumbers
+from workbench.inspection.numbers import CODED, GONE, PLAIN, RESIDUAL, HeldNumbers, SideNumbers
 from workbench_app import formats
 from workbench_app.ask import LaneState
 from workbench_app.looks import BAR
@@ -145,7 +145,7 @@ class QuantizationError(Look):
             parts.append("Hatched: tokens that are not held as rotated codes. Keys are rotated as before RoPE.")
         elif gone:
             parts.append(f"Hatched: not held ({gone:,} tokens that the lane dropped), so there is no error to show.")
-        if not rotated and bool((data.state[at[1]] == CODED).any()) and bool((data.state[at[1]] == PLAIN).any()):
+        if not rotated and bool((data.state[at[1]] == CODED).any()) and bool((data.state[at[1]] >= PLAIN).any()):
             parts.append("Tokens in full precision have no error.")
         parts.append("Keys are those after RoPE." if self.side.value == KEYS and not rotated else "")
         parts.append(
@@ -170,7 +170,12 @@ class QuantizationError(Look):
             held = states[token : token + step[0]]
             kinds = [
                 word
-                for word, kind in (("dropped", GONE), ("coded", CODED), ("full precision", PLAIN))
+                for word, kind in (
+                    ("dropped", GONE),
+                    ("coded", CODED),
+                    ("full precision", PLAIN),
+                    ("residual", RESIDUAL),
+                )
                 if (held == kind).any()
             ]
             large, off = most(size, row), most(error, row)

@@ -40,9 +40,7 @@ class BytesByKind(Look):
         self.target = pmui.Select(label="as many bytes as", options={"–": None}, size="small", width=200, margin=0)
         self.match = pmui.Button(label="Match bytes", icon="balance", size="small", variant="outlined", margin=0)
         self._words, self._said = sentence(), sentence()
-        self._row = pn.Row(
-            self._words, self.target, self.match, stylesheets=[BAR], sizing_mode="stretch_width", margin=(8, 0, 4, 0)
-        )
+        self._row = pn.Row(self.target, self.match, stylesheets=[BAR], sizing_mode="stretch_width", margin=(8, 0, 4, 0))
         self._frame: Any = None
         self._search: tuple[Any, int] | None = None  # key of the search, and the lane it is for
         self._found: dict[int, tuple[str, str]] = {}  # by lane: the recipe it was given, and what to say of it

@@ -11,7 +11,7 @@ import panel as pn
 from bokeh.events import Tap
 from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, Range1d
 
-from workbench.inspection.numbers import CODED, GONE, PLAIN, HeldNumbers, SideNumbers
+from workbench.inspection.numbers import CODED, GONE, PLAIN, RESIDUAL, HeldNumbers, SideNumbers
 from workbench.inspection.scores import thinned
 from workbench_app import formats
 from workbench_app.ask import LaneState
@@ -60,8 +60,8 @@ class Precision(Look):
         pooled = -(-len(self.session.texts) // COLUMNS)
         self._note.object = quiet(
             ("Exact: a column is one token. " if pooled == 1 else f"A column is the mean of {pooled} tokens. ")
-            + "Bits are measured: all bytes of a token's run, scales included, over its numbers. Hatched: dropped. Outlined: "
-            "the residual window, the newest tokens in the model's own precision. Click a token to pick it."
+            + "Bits are measured: all bytes of a token's run, scales included, over its numbers. Hatched: dropped. Dotted: "
+            "the residual window, the newest tokens, which wait in the model's own precision to be coded. Click a token to pick it."
         )
         saliency = found.saliency[at[0]]
         self._title.visible = self._saliency.visible = saliency is not None
@@ -105,18 +105,10 @@ class Precision(Look):
             images.append(plot.image(
                 "image", x=0, y=row + 0.06, dw=len(bits) * step, dh=0.88, source=source, color_mapper=mapper
             ))  # fmt: skip
-            window = residual(data.state[head].numpy())
-            if window:
-                box = {
-                    "fill_alpha": 0,
-                    "hatch_pattern": ".",
-                    "hatch_color": "#ffffff",
-                    "hatch_scale": 6,
-                    "hatch_alpha": 0.9,
-                }
-                plot.quad(
-                    [tokens - window], [tokens], [row + 0.94], [row + 0.06], line_color=NEUTRAL, line_width=2, **box
-                )
+            left, right = residual(data.state[head].numpy())
+            paint = {"fill_alpha": 0, "line_color": NEUTRAL, "line_width": 2, "hatch_pattern": "."}
+            ink = {"hatch_color": "#ffffff", "hatch_scale": 6, "hatch_alpha": 0.9}
+            plot.quad(left, right, [row + 0.94] * len(left), [row + 0.06] * len(left), **paint, **ink)
         ticks = range(int(math.log2(max(most, 2.0))) + 1)
         names = {n: f"{2**n}" for n in ticks}
         bar = colour_bar(mapper, ticker=FixedTicker(ticks=list(ticks)), major_label_overrides=names)
@@ -163,19 +155,17 @@ class Precision(Look):
         return self._frame
 
 
-STATES = {GONE: "dropped", CODED: "packed", PLAIN: "full precision"}
+STATES = {GONE: "dropped", CODED: "packed", PLAIN: "full precision", RESIDUAL: "residual"}
 
 
 def bits_text(bits: float) -> str:
     return "–" if math.isnan(bits) else f"{bits:.3g}"
 
 
-def residual(state: np.ndarray) -> int:
-    """Newest tokens in a row in full precision; 0 where no token is packed, for there is no window then."""
-    if not (state == CODED).any():
-        return 0
-    other = np.flatnonzero(state != PLAIN)
-    return int(len(state) - 1 - other[-1])
+def residual(state: np.ndarray) -> tuple[list[int], list[int]]:
+    """Where stretches of the residual window begin, and where they end (the token after)."""
+    edges = np.diff((state == RESIDUAL).astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist()
 
 
 def mean_of(bits: np.ndarray, step: int) -> np.ndarray:
@@ -188,15 +178,14 @@ def mean_of(bits: np.ndarray, step: int) -> np.ndarray:
 def levels(data: SideNumbers, head: int) -> str:
     """`96 packed at 4 bits, the newest 4 in the residual window at 32 bits, 10 dropped`."""
     state, bits = data.state[head].numpy(), data.bits[head].float().numpy()
-    window = residual(state)
-    older = np.arange(len(state)) < len(state) - window
     said = []
     for kind, words in ((CODED, "packed"), (PLAIN, "in full precision")):
-        found, counts = np.unique(bits[older & (state == kind)].round(2), return_counts=True)
+        found, counts = np.unique(bits[state == kind].round(2), return_counts=True)
         some = [f"<b>{count:,}</b> {words} at {level:.3g} bits" for level, count in zip(found, counts, strict=True)]
         more = f"and {counts[LEVELS:].sum():,} {words} at {len(found) - LEVELS} other precisions"
         said += some if len(some) <= LEVELS else [*some[:LEVELS], more]
-    if window:
-        said.append(f"the newest <b>{window:,}</b> in the residual window at {bits[-1]:.3g} bits")
+    newest = state == RESIDUAL
+    if newest.any():
+        said.append(f"the newest <b>{newest.sum():,}</b> in the residual window at {bits[newest][0]:.3g} bits")
     gone = int((state == GONE).sum())
     return ", ".join([*said, *([f"<b>{gone:,}</b> dropped"] if gone else [])])
