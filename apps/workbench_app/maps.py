@@ -16,11 +16,16 @@ HATCH = {"fill_alpha": 0, "line_alpha": 0, "hatch_pattern": "/", "hatch_color": 
 # Much is far from the ground: dark on light, bright on dark. The page's theme is known to the browser alone.
 FOLLOW_THEME = """
 const root = document.documentElement;
-const follow = () => { mapper.palette = root.classList.contains("dark") ? bright : deep; };
+const follow = () => {
+  const light = (getComputedStyle(document.body).color.match(/\\d+/g) ?? [0]).slice(0, 3).reduce((sum, part) => sum + Number(part), 0);
+  const palette = light > 382 ? bright : deep;  // light ink: a dark page
+  if (mapper.palette[0] !== palette[0]) mapper.palette = palette;
+};
 if (!mapper.tags.includes("follows")) {
   mapper.tags.push("follows");
-  const observer = new MutationObserver(() => (mapper.document == null ? observer.disconnect() : follow()));
-  observer.observe(root, {attributes: true, attributeFilter: ["class"]});
+  const observer = new MutationObserver(() => (mapper.document == null ? observer.disconnect() : requestAnimationFrame(follow)));
+  for (const part of [root, document.body]) observer.observe(part, {attributes: true});
+  observer.observe(document.head, {childList: true, subtree: true, characterData: true});
 }
 follow();
 """
