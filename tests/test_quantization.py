@@ -10,6 +10,7 @@ from torch import Tensor
 
 import workbench as wb
 from tests.builders import ARCHITECTURES, build, cache_for, feed, network, prompt
+from tests.test_fastkv import ran
 from workbench.cache.cache import WorkbenchCache
 from workbench.cache.layer import WorkbenchLayer
 from workbench.strategies.registry import registry
@@ -25,7 +26,9 @@ SMALL = {  # parameters that fit heads of 16 channels and a short prompt
     "rotatekv": "bits=4, group_size=32",
     "mustafar": "residual_length=8, flush_length=64",
 }
-METHODS = [key for key, cls in registry().items() if cls.family == "quantization"]
+METHODS = [  # X caches have laws of their own: test_xquant.py
+    key for key, cls in registry().items() if cls.family == "quantization" and not cls().needs_inputs
+]
 NEEDS_ROPE = {"rotatekv"}
 EXACT = ["rtn(bits=16)", "kivi(bits=16)", "mikv(importance=1.0)", "bfp(bits=16)"]
 
@@ -213,3 +216,17 @@ def test_numbers_that_no_code_holds_are_refused_in_one_sentence(
     with pytest.raises(wb.WorkbenchError, match="cannot be quantized.*use a recipe without") as caught:
         run(small(key, **({"importance": 0.0} if key == "mikv" else {})))  # important tokens stay as they are
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("chunk", [LENGTH, 24])
+def test_after_a_method_that_gives_later_layers_fewer_tokens(key: str, chunk: int) -> None:
+    """Queries and entries then stand at positions with gaps; what stayed behind votes for nothing and is no sink."""
+    before = "fastkv(budget=0.5, tsp_rate=0.4, window=8, tsp_layer=0)"
+    caches = []
+    for recipe in (before, f"{before} | {small(key)}"):
+        cache, _ = ran(build(), recipe, chunk, LENGTH)
+        feed(build(), cache, prompt(12, seed=1), 1)
+        caches.append(cache)
+    for ours, theirs in zip(caches[1].layers, caches[0].layers):
+        agree(ours, theirs)

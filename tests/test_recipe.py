@@ -33,11 +33,13 @@ def values_of(cls: type[Strategy]) -> st.SearchStrategy[dict[str, Any]]:
             low, high = declared.bounds
             number = st.integers if isinstance(declared, param.Integer) else st.floats
             choices[name] = number(low, high)
-    if cls.key in ("kivi", "gear"):
+    if cls.key in ("kivi", "gear", "xquant"):
         choices["group_size"], choices["residual_length"] = (
             st.sampled_from([16, 32, 64] if cls.key == "gear" else [16, 32, 64, 128]),
             st.sampled_from([128, 256]),
         )
+    if cls.key == "mustafar":
+        choices["flush_length"] = st.sampled_from([64, 128, 256])
     return st.fixed_dictionaries({}, optional=choices)
 
 

@@ -221,18 +221,31 @@ def calibrate_rotatekv(
 def bench(
     subject: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUBJECT]…", help="speed, bytes, load, rerun, app; all of them if none is named."),
+        typer.Argument(
+            metavar="[SUBJECT]…",
+            help="speed, bytes, kernels, load, rerun, app (these if none is named); eviction, accuracy, which take longer.",
+        ),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="Recipes for speed; may repeat.")] = None,
-    length: Annotated[list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed; may repeat.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed and kernels; may repeat.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Methods for eviction and accuracy; may repeat.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Documents for accuracy; 100 if not given.")] = None,
+    kvpress_python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Python of an environment with kvpress, for eviction to measure against."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to measure.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure speed, bytes and latency against the full cache and plain transformers."""
+    """Measure speed, bytes and latency against the full cache and plain transformers, eviction also against kvpress."""
     from workbench.commands.measure import measure
 
-    raise typer.Exit(measure(subject or [], recipe, length, rounds, quick, json_file))
+    raise typer.Exit(measure(subject or [], recipe, length, rounds, quick, json_file, method, samples, kvpress_python))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

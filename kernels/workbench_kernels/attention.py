@@ -101,6 +101,17 @@ def merge_partials(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     return out.to(parts[0][0].dtype), total
 
 
+def softmax_with_lse(logits: Tensor, *, all_seen: bool = True) -> tuple[Tensor, Tensor]:
+    """Weights [..., N] and log-sum-exp [...] of float32 logits, in one pass of exponentials: the largest weight is
+    ``exp(largest logit - lse)``. A row of ``-inf`` has no weights and ``-inf``; say ``all_seen=False`` where there may be
+    such."""
+    weights, highest = logits.softmax(-1), logits.amax(-1)
+    if not all_seen:
+        weights.nan_to_num_(0.0)  # 0 / 0 where nothing is seen
+    lse = highest - weights.amax(-1).log()
+    return weights, lse if all_seen else lse.masked_fill(highest == -math.inf, -math.inf)
+
+
 def attention_sums(
     q: Tensor,
     k: Tensor,

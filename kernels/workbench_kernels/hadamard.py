@@ -81,7 +81,8 @@ def hadamard(x: Tensor, block: int | None = None, *, reference: bool = False, ke
     if kernel or (runs(x) and 16 <= block <= LARGEST):
         if not 16 <= block <= LARGEST:
             raise ValueError(f"the kernel takes blocks of 16 to {LARGEST}, got {block}")
-        return _launch(x, block)
+        with torch.cuda.device_of(x):
+            return _launch(x, block)
     if block > 2 * LARGEST:
         return hadamard_reference(x, block)  # fewer operations than the product with a matrix
     return (x.float().unflatten(-1, (-1, block)) @ hadamard_matrix(block, x.device)).flatten(-2).to(x.dtype)

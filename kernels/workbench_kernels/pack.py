@@ -98,7 +98,8 @@ def pack(codes: Tensor, bits: int, *, reference: bool = False, kernel: bool = Fa
     words = torch.empty(*codes.shape[:-1], codes.shape[-1] * bits // 32, dtype=torch.int32, device=codes.device)
     if words.numel():
         grid = (triton.cdiv(words.numel(), 256),)
-        _pack_kernel[grid](codes, words, words.numel(), BITS=bits, BLOCK=256)
+        with torch.cuda.device_of(codes):
+            _pack_kernel[grid](codes, words, words.numel(), BITS=bits, BLOCK=256)
     return words
 
 
@@ -113,7 +114,8 @@ def unpack(words: Tensor, bits: int, *, reference: bool = False, kernel: bool = 
     codes = torch.empty(*words.shape[:-1], words.shape[-1] * 32 // bits, dtype=torch.uint8, device=words.device)
     if codes.numel():
         grid = (triton.cdiv(codes.numel(), 1024),)
-        _unpack_kernel[grid](words, codes, codes.numel(), BITS=bits, BLOCK=1024)
+        with torch.cuda.device_of(words):
+            _unpack_kernel[grid](words, codes, codes.numel(), BITS=bits, BLOCK=1024)
     return codes
 
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench_kernels.attention import attention_reference
+from workbench_kernels.attention import attention_reference, softmax_with_lse
 from workbench_kernels.pack import BITS, unpack
 from workbench_kernels.triton_if_used import runs
 
@@ -117,7 +117,8 @@ def packed_attention(
     if kernel or runs(q):
         from workbench_kernels.packed_attention_kernel import launch
 
-        return launch(q, keys, values, scale, lengths, visible, softcap, splits)
+        with torch.cuda.device_of(q):
+            return launch(q, keys, values, scale, lengths, visible, softcap, splits)
     return _blockwise(q, keys, values, scale, _seen(q, values, lengths, visible), softcap)
 
 
@@ -221,8 +222,7 @@ def _blockwise(
         logits.div_(softcap).tanh_().mul_(softcap)
     if seen is not None:
         logits.masked_fill_(~seen[:, :, None], -math.inf)
-    lse = logits.logsumexp(-1)
-    weights = logits.sub_(lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp_()
+    weights, lse = softmax_with_lse(logits, all_seen=seen is None)
     out = _weighted(weights, values)
     return out.view(q.shape).to(q.dtype), lse.view(q.shape[:3])
 

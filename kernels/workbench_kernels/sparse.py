@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels.attention import attention_reference
+from workbench_kernels.attention import attention_reference, softmax_with_lse
 from workbench_kernels.triton_if_used import runs
 
 TILE = 64
@@ -187,14 +187,14 @@ def sparse_attention(
     if kernel or runs(q):
         from workbench_kernels.sparse_kernel import launch
 
-        return launch(q, keys, values, scale, splits)
+        with torch.cuda.device_of(q):
+            return launch(q, keys, values, scale, splits)
     asked = q.float().reshape(batch, heads, -1, keys.width) * scale  # [B, H, R, D]
     step = max(1, BLOCK_TILES // (batch * heads * values.bitmaps.shape[3]))
     cuts = [(a, min(blocks, a + step)) for a in range(0, blocks, step)]
     found = [asked[:, :, None] @ keys.tiles(a, b).float() for a, b in cuts]  # [B, H, w, R, 64]
     logits = torch.cat(found, 2).transpose(2, 3).flatten(-2)  # [B, H, R, N]
-    lse = logits.logsumexp(-1)
-    weights = logits.sub_(lse[..., None]).exp_()
+    weights, lse = softmax_with_lse(logits)
     out = torch.zeros_like(asked)
     for a, b in cuts:
         dense = from_tiles(values.tiles(a, b), values.width, of_keys=False)

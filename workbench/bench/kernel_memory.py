@@ -13,7 +13,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from workbench.bench.peak import CLEAR, MALLOC, can_count, status
+from workbench.bench.contest import CLEAR, can_count, status
+from workbench.bench.peak import MALLOC
 
 if TYPE_CHECKING:
     from workbench.bench.kernels import Case

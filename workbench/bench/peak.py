@@ -5,17 +5,16 @@ Run as a module it measures one contender and prints JSON; :func:`measure_peaks`
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from workbench.bench.contest import can_count, resident_peak
+
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -79,28 +78,7 @@ def peak_of(model_name: str, length: int, name: str) -> dict[str, int]:
     one.prefill(ids[:, :64])  # the libraries' own buffers are no part of it
     one.decode(following[:, :2])
     one.cache = None
-    gc.collect()
-    CLEAR.write_text("5")  # the high-water mark starts anew
-    before = status("VmRSS")
-    one.prefill(ids)
-    one.decode(following)
-    peak = status("VmHWM")
-    return {"added": peak - before, "total": peak}
-
-
-def can_count() -> bool:
-    """Whether the kernel counts peaks and lets them start anew."""
-    try:
-        CLEAR.write_text("5")
-    except OSError:
-        return False
-    return STATUS.exists()
-
-
-def status(name: str) -> int:
-    """A figure of this process in bytes, as Linux names it (VmRSS, VmHWM)."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    return resident_peak(lambda: (one.prefill(ids), one.decode(following)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from workbench.cache.hidden import HiddenStates
 from workbench.cache.layer import WorkbenchLayer
+from workbench.cache.tap import InputTap
 from workbench.errors import WorkbenchError
 from workbench.strategies.recipe import Recipe
 
@@ -51,6 +53,7 @@ class Memory:
     by_layer: list[int]
     by_kind: dict[str, int]
     by_head: list[list[int]] = field(default_factory=list)  # [layers][KV heads]
+    factor_bytes: int = 0  # matrices made of the model's weights, the same for all its caches; not in used_bytes
 
 
 @dataclass
@@ -80,6 +83,7 @@ class WorkbenchCache(Cache):
             taken for the whole prompt.
         probes: observers of attention.
         artifacts: what was calibrated or trained for the model.
+        tap: that of the cache this one is a fork of.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class WorkbenchCache(Cache):
         prompt_length: int | None = None,
         probes: Sequence[AttentionProbe] = (),
         artifacts: Artifacts | None = None,
+        tap: InputTap | None = None,
     ) -> None:
         self.recipe, self.geometry, self.prompt_length = recipe, geometry, prompt_length
         self.probes: list[AttentionProbe] = list(probes)
@@ -103,6 +108,10 @@ class WorkbenchCache(Cache):
         self._asked: list[Query] = []  # per layer read so far: the prompt's last queries, until the prompt is finished
         super().__init__(layers=[WorkbenchLayer(i, self, w) for i, w in enumerate(geometry.sliding_windows)])
         recipe.check(geometry, artifacts)
+        self.tap = tap
+        if recipe.needs_inputs:
+            self.tap = tap or InputTap(geometry.rebuilds)
+            self.tap.add(self)
         self._hidden = HiddenStates(self) if recipe.needs_hidden else None
 
     def note_prompt(self, tokens: int) -> None:
@@ -121,6 +130,11 @@ class WorkbenchCache(Cache):
             self._before_chunk = (self.peak_bytes, list(self._layer_bytes))
         self.note_bytes(layer)
         self._chunk_bytes[layer.index] = self._layer_bytes[layer.index]
+
+    def release(self) -> None:
+        """Take this cache's hooks, if it has any, out of the model; it can be read from then on, but takes no more tokens."""
+        if self.tap is not None:
+            self.tap.remove()
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -188,8 +202,10 @@ class WorkbenchCache(Cache):
 
     def clone(self, recipe: Recipe | None = None) -> WorkbenchCache:
         """Fork: the twin shares all storage held now. A new recipe applies from the next step on."""
-        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length, artifacts=self.artifacts)
+        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length, (), self.artifacts, self.tap)
         twin.layers = [layer.clone(twin) for layer in self.layers]
+        for below, layer in pairwise(twin.layers):
+            layer.store.rest_on(below.store)
         if recipe is not None:
             for layer in twin.layers:
                 layer.states = [{} for _ in recipe.parts]
@@ -212,7 +228,9 @@ class WorkbenchCache(Cache):
             rows = layer.store.nbytes_by_row()
             by_head.append([sum(rows[h::heads]) for h in range(heads)] if layer.is_initialized else [0] * heads)
         reserved = sum(layer.store.reserved_bytes() for layer in self.layers)
-        return Memory(sum(by_layer), reserved, max(self.peak_bytes, sum(by_layer)), by_layer, by_kind, by_head)
+        factors = {id(f): f for layer in self.layers for segment in layer.store.segments for f in segment.factors()}
+        shared = sum(factor.numel() * factor.element_size() for factor in factors.values())
+        return Memory(sum(by_layer), reserved, max(self.peak_bytes, sum(by_layer)), by_layer, by_kind, by_head, shared)
 
     def kept(self, layer: int, kv_head: int, batch: int = 0) -> list[int]:
         """Positions one head still holds, ascending."""

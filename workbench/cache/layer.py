@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from workbench.cache.growable import MIN_SPARE
-from workbench.cache.segments import Query, UniformSegment, causal_mask, entry_mask
+from workbench.cache.inputs import NO_INPUT
+from workbench.cache.segments import Query, Segment, UniformSegment, causal_mask, entry_mask
 from workbench.cache.store import Codec, Store, sink_share
 from workbench.errors import ArtifactError, WorkbenchError
 from workbench.models.projections import key_weight, output_weight
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from workbench.cache.cache import WorkbenchCache
     from workbench.models.artifacts import Artifact
     from workbench.models.geometry import Geometry
+    from workbench.models.rebuild import Rebuild
     from workbench.models.rope import Rope
     from workbench.strategies.base import Declared
 
@@ -95,6 +97,20 @@ class LayerView:
     def rope(self) -> Rope:
         """How this layer turns its queries and keys by position; a strategy's ``check`` asks for it beforehand."""
         return self._owner.cache.geometry.ropes[self.layer]
+
+    @property
+    def rebuild(self) -> Rebuild:
+        """How this layer makes keys and values of its input; a strategy's ``check`` asks for it beforehand."""
+        return self._owner.cache.geometry.rebuilds[self.layer]
+
+    def inputs(self) -> Tensor:
+        """[B, Tq, hidden]: the attention module's input, after its norm, for the chunk just attended.
+
+        Of a strategy whose ``needs_inputs`` is True.
+        """
+        if self._owner.inputs is None:
+            raise WorkbenchError(NO_INPUT)
+        return self._owner.inputs
 
     @property
     def window(self) -> int | None:
@@ -202,6 +218,12 @@ class LayerView:
         self._owner.store.narrow_keys(channels, recent)
         self._owner.cache.note_bytes(self._owner)
 
+    @property
+    def below(self) -> Segment:
+        """How the layer before holds its entries, where one segment holds them all."""
+        (segment,) = self._owner.cache.layers[self.layer - 1].store.segments
+        return segment
+
     def pass_on(self, positions: Tensor) -> None:
         """Let only these tokens of the prompt go on to the next layer; the others stay behind for good.
 
@@ -255,6 +277,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.prompt_tokens = 0  # tokens of the prompt that this layer was given
         self.module: torch.nn.Module | None = None  # the model's attention module, once it attended
         self.hidden: Tensor | None = None  # what entered the layer, while the prompt is read and a strategy asks for it
+        self.inputs: Tensor | None = None  # of the attention module, for the chunk under way, if a strategy asks for it
         self.recent: Query | None = None  # the last queries, while the prompt is read and if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
         self._waiting = False
@@ -285,7 +308,10 @@ class WorkbenchLayer(CacheLayerMixin):
             if self.seen == 0:
                 self.store.reserve(key_states, self._room(key_states.shape[2]))
             at = None if drive is None else drive.at
-            self.store.append(key_states, value_states, self.seen, at)
+            if self.store.takes_inputs and self.inputs is not None:
+                self.store.append_inputs(self.inputs, self.seen)
+            else:
+                self.store.append(key_states, value_states, self.seen, at)
             self.seen = self.seen + key_states.shape[2] if at is None else int(at[-1]) + 1
         self._waiting = True
         key_states._workbench_layer = self  # type: ignore[attr-defined]
@@ -341,6 +367,7 @@ class WorkbenchLayer(CacheLayerMixin):
             probe.on_attention(self, query, out)
         if not cache.replaying:
             self._act(query)
+        self.inputs = None
         return out
 
     def view(self, part: int, query: Query) -> LayerView:

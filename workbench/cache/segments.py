@@ -181,6 +181,13 @@ class Segment(ABC):
     def clone(self) -> Segment:
         """A segment that shares this one's storage and can be appended to on its own."""
 
+    def rest_on(self, below: Segment) -> None:
+        """Where entries are held as differences to those of the layer before: the segment that holds these."""
+
+    def factors(self) -> list[Tensor]:
+        """Matrices made of the model's weights that reading takes besides them; they belong to the model, not to a cache."""
+        return []
+
     def settle(self) -> None:
         """Called after the layer attended: a codec may now pack what has left its residual window."""
 
@@ -235,6 +242,14 @@ class UniformSegment(Segment):
         rows = self.batch * self.heads
         each, over = divmod(sum(self.nbytes().values()), rows)  # what heads share is split among them
         return [each + (row < over) for row in range(rows)]
+
+    def shared(self) -> list[tuple[str, Tensor]]:
+        """(kind, tensor) held that other segments may hold as well."""
+        return []
+
+    def own_bytes(self) -> dict[str, int]:
+        """Bytes by kind without what is :meth:`shared`."""
+        return self.nbytes()
 
     def _banded(self, query: Query) -> bool:
         """Whether no mask is needed: over consecutive entries a window is a band that ends with the query's own."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.channels import ChannelSegment
+from workbench.cache.inputs import InputSegment
 from workbench.cache.ragged import RaggedSegment
 from workbench.cache.segments import DenseSegment, Query, Segment, UniformSegment, take
 from workbench.errors import WorkbenchError
@@ -73,6 +74,22 @@ class Store:
     def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
         """Add entries k, v [B, H, T, D] at positions start, start + 1, … or, where tokens are left out, ``at`` [T]."""
         self.segments[-1].append(k, v, start, at)
+
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether new entries are held as what their keys and values are made of."""
+        return isinstance(self.segments[-1], InputSegment)
+
+    def append_inputs(self, x: Tensor, start: int) -> None:
+        """Add the entries that are made of the layer's inputs x [B, T, d] at positions start, start + 1, …"""
+        last = self.segments[-1]
+        assert isinstance(last, InputSegment)
+        last.append_inputs(x, start)
+
+    def rest_on(self, below: Store) -> None:
+        """The layer before holds its entries in ``below``."""
+        for segment, under in zip(self.segments, below.segments, strict=False):
+            segment.rest_on(under)
 
     def attend(self, query: Query) -> Tensor:
         """Attention [B, Hq, Tq, D] over all segments."""

@@ -99,10 +99,9 @@ class TieredSegment(UniformSegment):
         held: dict[str, int] = {}
         shared: list[tuple[str, Tensor]] = []  # by several tiers, maybe
         for tier in self.tiers:
-            coded = isinstance(tier, CodedSegment)
-            shared += tier.shared() if coded else []
+            shared += tier.shared()
             shared += tier.at.choice.held() if isinstance(tier.at, Chosen) else []
-            for kind, size in (tier.own_bytes() if coded else tier.nbytes()).items():
+            for kind, size in tier.own_bytes().items():
                 held[kind] = held.get(kind, 0) + size
         return with_shared(held, distinct(shared))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +17,9 @@ from rich.table import Table
 from workbench.commands.output import check_target, console, size, write_result
 from workbench.errors import WorkbenchError
 
-SUBJECTS = ("speed", "bytes", "load", "rerun", "app")
+USUAL = ("speed", "bytes", "kernels", "load", "rerun", "app")
+SUBJECTS = (*USUAL, "eviction", "accuracy")
+MARK = {None: "", True: "reached", False: "MISSED"}
 
 
 def measure(
@@ -25,6 +29,9 @@ def measure(
     rounds: int | None,
     quick: bool,
     json_file: str | None,
+    methods: list[str] | None = None,
+    samples: int | None = None,
+    kvpress_python: str | None = None,
 ) -> int:
     """Measure; 0, or 1 where a figure that is asked for is not reached or a speed was refused."""
     unknown = [name for name in subjects if name not in SUBJECTS]
@@ -33,16 +40,26 @@ def measure(
     if any(length < 16 for length in lengths or []):
         raise WorkbenchError(f"--length must be at least 16 tokens, got {min(lengths or [0])}.")
     check_target(json_file)
+    from workbench.bench.accuracy import eviction_methods, measure_accuracy
     from workbench.bench.app import measure_app
     from workbench.bench.cache_bytes import measure_bytes
+    from workbench.bench.eviction import PAIRS, measure_eviction
+    from workbench.bench.kernels import measure_kernels
     from workbench.bench.latency import measure_load, measure_rerun
     from workbench.bench.machine import commit, describe_machine
     from workbench.strategies.recipe import Recipe
 
     recipes = [Recipe.parse(text).text for text in recipes] if recipes else None
+    for subject, known in (("eviction", list(PAIRS)), ("accuracy", eviction_methods())):
+        if subject in subjects and (strange := sorted(set(methods or ()) - set(known))):
+            raise WorkbenchError(f"'{strange[0]}' is not measured by {subject}; there are {', '.join(known)}.")
+    if kvpress_python and shutil.which(kvpress_python) is None:
+        raise WorkbenchError(
+            f"{kvpress_python} is no program; give --kvpress-python the Python of an environment that has kvpress."
+        )
     result: dict[str, Any] = {
         "schema": 1,
-        "command": command_line(subjects, recipes, lengths, rounds, quick),
+        "command": command_line(subjects, recipes, lengths, rounds, quick, methods, samples, bool(kvpress_python)),
         "commit": commit(),
         "quick": quick,
         "machine": describe_machine(),
@@ -50,13 +67,16 @@ def measure(
     measurements: dict[str, Callable[[], Any]] = {
         "speed": lambda: _speed(recipes, lengths, rounds, quick),
         "bytes": lambda: measure_bytes(recipes, quick, _tell),
+        "kernels": lambda: measure_kernels(lengths, rounds, quick, _tell),
         "load": lambda: measure_load(rounds, quick, _tell),
         "rerun": lambda: measure_rerun(rounds, quick, _tell),
         "app": lambda: measure_app(rounds, quick, _tell),
+        "eviction": lambda: measure_eviction(methods, lengths, rounds, kvpress_python, quick, _tell),
+        "accuracy": lambda: measure_accuracy(methods, samples, quick, _tell),
     }
     failed: dict[str, str] = {}
     out = console() if json_file is None else Console(stderr=True, width=160, highlight=False)
-    for name in dict.fromkeys(subjects or SUBJECTS):
+    for name in dict.fromkeys(subjects or USUAL):
         try:
             result[name] = measurements[name]()
         except Exception as error:  # what the others measured is not lost
@@ -70,17 +90,29 @@ def measure(
         result["failed"] = failed
     if json_file is not None:
         write_result(json_file, result)
+        if "kernels" in result and json_file != "-":
+            _draw(json_file, result["kernels"])
     return 1 if failed or _missed(result) else 0
 
 
 def command_line(
-    subjects: Sequence[str], recipes: list[str] | None, lengths: list[int] | None, rounds: int | None, quick: bool
+    subjects: Sequence[str],
+    recipes: list[str] | None,
+    lengths: list[int] | None,
+    rounds: int | None,
+    quick: bool,
+    methods: list[str] | None = None,
+    samples: int | None = None,
+    kvpress: bool = False,
 ) -> str:
-    """The command that repeats a measurement."""
+    """The command that repeats a measurement; whose kvpress it was is nobody else's path."""
     words = ["kvw", "bench", *subjects]
     words += [word for recipe in recipes or [] for word in ("--recipe", recipe)]
     words += [word for length in lengths or [] for word in ("--length", str(length))]
     words += ["--rounds", str(rounds)] if rounds else []
+    words += [word for method in methods or [] for word in ("--method", method)]
+    words += ["--samples", str(samples)] if samples else []
+    words += ["--kvpress-python", "PYTHON"] if kvpress else []
     return shlex.join([*words, "--quick"] if quick else words)
 
 
@@ -99,10 +131,14 @@ def _speed(recipes: list[str] | None, lengths: list[int] | None, rounds: int | N
 
 
 def _missed(result: dict[str, Any]) -> bool:
-    """Whether a speed was refused or a figure for bytes was not reached."""
-    refused = any("refused" in case for case in result.get("speed", {}).get("times", []))
-    lanes = [lane for case in result.get("bytes", []) for lane in case["lanes"].values()]
-    return refused or any(lane["reached"] is False for lane in lanes)
+    """Whether a speed was refused, a method failed, or a figure that is asked for was not reached."""
+    eviction, kernels = result.get("eviction", {}), result.get("kernels", {}).get("cases", [])
+    refused = any("refused" in case for case in [*result.get("speed", {}).get("times", []), *kernels, eviction])
+    failed = any("failed" in method for method in eviction.get("methods", {}).values())
+    cases = [*result.get("bytes", []), *eviction.get("held", [])]
+    asked = [*kernels, *(lane for case in cases for lane in case["lanes"].values())]
+    missed = any(figure.get("reached") is False for figure in asked)
+    return refused or failed or missed
 
 
 def _show_speed(speed: dict[str, Any], out: Console) -> None:
@@ -144,9 +180,45 @@ def _show_bytes(cases: list[dict[str, Any]], out: Console) -> None:
         table = Table("recipe", "held", "of full", "at most", "")
         for name, lane in case["lanes"].items():
             limit = "" if lane["at_most"] is None else f"{lane['at_most']:.2f}x"
-            mark = {None: "", True: "reached", False: "MISSED"}[lane["reached"]]
-            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, mark)
+            table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, MARK[lane["reached"]])
         out.print(table)
+
+
+def _draw(json_file: str, kernels: dict[str, Any]) -> None:
+    """The roofline plot, beside the figures."""
+    from workbench.bench.roofline import plot
+
+    target = Path(json_file).with_suffix(".svg")
+    target.write_text(plot(kernels), encoding="utf-8")
+    _tell(f"plot: {target}")
+
+
+def _show_kernels(found: dict[str, Any], out: Console) -> None:
+    out.print(
+        f"Decode attention on the {found['device']}, {found['copy_gb_per_second']:.1f} GB/s by copying; the fused path "
+        "against dense attention in the same run",
+        markup=False,
+    )
+    dense = sorted({name for case in found["cases"] for name in case.get("speedup", {})})
+    table = Table(
+        "held as", "tokens", "D", "G", "µs", "GB/s", "of copy", *(f"vs {name}" for name in dense), "memory", ""
+    )
+    for case in found["cases"]:
+        how = f"{case['bits']} bit, g {case['group_size']}" if "bits" in case else f"{case['sparsity']:.0%} pruned"
+        shape = (how, f"{case['tokens']:,}", str(case["head_dim"]), str(case["query_heads_per_kv_head"]))
+        if "refused" in case:
+            table.add_row(*shape, case["refused"])
+            continue
+        speed = [f"{case['speedup'][name]['median']:.2f}x" if name in case["speedup"] else "" for name in dense]
+        memory = f"{case['memory']['ratio']:.3f}x" if case.get("memory") else ""
+        mark = {None: "", True: "reached", False: "MISSED"}[case["reached"]]
+        figures = (
+            f"{case['microseconds']['fused']:,.0f}",
+            f"{case['gb_per_second']:.1f}",
+            f"{case['of_copy_bandwidth']:.0%}",
+        )
+        table.add_row(*shape, *figures, *speed, memory, mark)
+    out.print(table)
 
 
 def _show_waits(found: dict[str, Any], out: Console) -> None:
@@ -161,10 +233,73 @@ def _show_waits(found: dict[str, Any], out: Console) -> None:
     out.print(table)
 
 
+def _show_eviction(found: dict[str, Any], out: Console) -> None:
+    kvpress = found["kvpress"]
+    against = f"against kvpress {kvpress['kvpress']}" if kvpress else "without kvpress"
+    out.print(
+        f"{found['model']}, {found['dtype']}, budget {found['budget']}, {found['threads']} threads, {found['rounds']} rounds, "
+        f"prompt and {found['decoded']} tokens, {against}",
+        markup=False,
+    )
+    if "refused" in found:
+        out.print(found["refused"], markup=False)
+        return
+    table = Table(
+        "method", "tokens", "s", "of kvpress", "range", "decode", "peak", "of kvpress", "held", "of full", "there"
+    )
+    for name, method in found["methods"].items():
+        if "failed" in method:
+            table.add_row(escape(name), escape(method["failed"]))
+            continue
+        ours, theirs, ratio = method["workbench"], method.get("kvpress", {}), method["ratio"]
+        total, decode = ratio.get("total"), ratio.get("decode")
+        table.add_row(
+            escape(name),
+            f"{method['tokens']:,}",
+            f"{ours['total']:.2f}",
+            f"{total['ratio']:.3f}x" if total else "",
+            f"{total['low']:.3f}-{total['high']:.3f}" if total else "",
+            f"{decode['ratio']:.3f}x" if decode else "",
+            size(ours["peak"]) if "peak" in ours else "",
+            f"{ratio['peak']:.3f}x" if "peak" in ratio else "",
+            size(ours["held"]),
+            f"{ours['of_full']:.4f}",
+            f"{theirs['of_full']:.4f}" if theirs else "",
+        )
+    out.print(table)
+    for case in found["held"]:
+        out.print(f"{case['model']}, {case['tokens']:,} tokens: bytes held, of full", markup=False)
+        table = Table("recipe", "most at a layer's boundary", "after the prompt", "")
+        for name, lane in case["lanes"].items():
+            if "left_out" in lane:
+                table.add_row(escape(name), escape(lane["left_out"]))
+                continue
+            boundary = f"{lane['boundary']:.4f}" + ("" if lane["cascades"] else " (not asked)")
+            table.add_row(escape(name), boundary, f"{lane['end']:.4f}", MARK[lane["reached"]])
+        out.print(table)
+
+
+def _show_accuracy(found: dict[str, Any], out: Console) -> None:
+    if "skipped" in found:
+        out.print(f"Not measured: {found['skipped']}.", markup=False)
+        return
+    for mode, right in found["full"].items():
+        out.print(f"{found['model']}, {mode}: right of {found['samples']}; the full cache {right}", markup=False)
+        table = Table("method", *map(str, found["budgets"]))
+        for name, by_mode in found["methods"].items():
+            table.add_row(escape(name), *map(str, by_mode[mode]))
+        out.print(table)
+    for reason in found["left_out"].values():
+        out.print(reason, markup=False)
+
+
 SHOW: dict[str, Callable[[Any, Console], None]] = {
     "speed": _show_speed,
     "bytes": _show_bytes,
+    "kernels": _show_kernels,
     "load": _show_waits,
     "rerun": _show_waits,
     "app": _show_waits,
+    "eviction": _show_eviction,
+    "accuracy": _show_accuracy,
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from workbench.errors import ModelError
+from workbench.models.rebuild import Rebuilds
 from workbench.models.rope import Ropes
 
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
@@ -28,6 +29,7 @@ class Geometry:
     rope_theta: float | None = None
     softcap: float | None = None
     ropes: Ropes = field(default_factory=Ropes, compare=False, repr=False)
+    rebuilds: Rebuilds = field(default_factory=Rebuilds, compare=False, repr=False)
 
     @property
     def bytes_per_token(self) -> int:
@@ -36,7 +38,7 @@ class Geometry:
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers, for people and machines."""
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ropes"}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return {**numbers, "bytes_per_token": self.bytes_per_token}
 
     @classmethod
@@ -44,7 +46,9 @@ class Geometry:
         """Read a transformers model; :meth:`of` tells what is refused."""
         parameter = next(network.parameters())
         shape = cls.of(network.config, str(parameter.dtype).removeprefix("torch."), parameter.element_size())
-        return replace(shape, ropes=Ropes(network))
+        ropes = Ropes(network)
+        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        return replace(shape, ropes=ropes, rebuilds=Rebuilds(network, ropes, shape.num_layers, *heads))
 
     @classmethod
     def of(cls, config: Any, dtype: str = "float32", element_size: int = 4) -> Geometry:

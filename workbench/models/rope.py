@@ -91,6 +91,11 @@ class Ropes:
             raise ModelError(f"Keys cannot be turned by their positions, since {trouble}.")
         return layers[layer]
 
+    def known(self, layer: int) -> Rope | None:
+        """The layer's RoPE; None in a model that is not known to have any."""
+        layers, trouble = self._found
+        return None if trouble else layers[layer]
+
     def require(self, key: str) -> None:
         """RecipeError, in one sentence, where the strategy ``key`` cannot work for want of RoPE."""
         _, trouble = self._found

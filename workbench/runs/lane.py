@@ -32,15 +32,25 @@ class LaneMemory:
     by_layer: list[int] = field(default_factory=list)
     by_kind: dict[str, int] = field(default_factory=dict)
     by_head: list[list[int]] = field(default_factory=list)
+    factor_bytes: int = 0  # matrices made of the model's weights, once per model; not in the others
 
     def take(self, memory: Memory) -> None:
         """The state right after the prompt."""
         self.used_bytes, self.reserved_bytes = memory.used_bytes, memory.reserved_bytes
         self.by_layer, self.by_kind, self.by_head = memory.by_layer, memory.by_kind, memory.by_head
         self.final_bytes, self.peak_bytes = memory.used_bytes, memory.peak_bytes
+        self.factor_bytes = memory.factor_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("used_bytes", "final_bytes", "reserved_bytes", "reference_bytes", "ratio", "peak_bytes")
+        names = (
+            "used_bytes",
+            "final_bytes",
+            "reserved_bytes",
+            "reference_bytes",
+            "ratio",
+            "peak_bytes",
+            "factor_bytes",
+        )
         return {name: getattr(self, name) for name in (*names, "by_layer", "by_kind")}
 
 

@@ -42,6 +42,7 @@ class LaneRun:
         self.model, self.settings, self.control = run.model, run.settings, run.control
         self.recipe, self.lane = run.recipes[number], run.lanes[number]
         self.is_reference = number == run.reference
+        self.cache: WorkbenchCache | None = None  # once the prompt is being read under the recipe
 
     def events(self) -> Iterator[AnyEvent]:
         """Everything the lane says, its result last; an error of ours ends the lane, not the run."""
@@ -52,6 +53,9 @@ class LaneRun:
         except WorkbenchError as error:
             self.lane.error = str(error)
             self._stop("error")
+        finally:
+            if self.cache is not None:
+                self.cache.release()
         yield LaneDone(self.number, self.lane)
 
     def _stop(self, reason: str) -> None:
@@ -96,7 +100,7 @@ class LaneRun:
             cache = run.snapshot.fork(self.recipe)
             lane.prefill_seconds = run.snapshot.seconds + time.perf_counter() - began
             return cache, run.snapshot.logits
-        cache = WorkbenchCache(self.recipe, self.model.geometry, total, artifacts=self.model.artifacts)
+        self.cache = cache = WorkbenchCache(self.recipe, self.model.geometry, total, artifacts=self.model.artifacts)
         began = time.perf_counter()
         logits = yield from self._reported(read(self.model, cache, run.prompt, chunk, self.control), total)
         lane.prefill_seconds = time.perf_counter() - began

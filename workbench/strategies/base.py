@@ -168,6 +168,7 @@ class Strategy(Declared):
         spans_layers: True when a layer's entries are settled only after the last layer; the parts that follow in a
             recipe then act after that.
         needs_hidden: True when it looks at the hidden states that enter each layer while the prompt is read.
+        needs_inputs: True when it holds the inputs of the attention modules instead of keys and values.
         per_entry: names in a layer's state that hold a number for each entry, [B, H, n]; whoever evicts, they stay in step.
         alone: True when no other method may drop tokens in the same recipe.
         closing: True when it holds entries in a form that no other method can take over, so it comes last.
@@ -196,6 +197,10 @@ class Strategy(Declared):
         return False
 
     @property
+    def needs_inputs(self) -> bool:
+        return False
+
+    @property
     def needs_token_set(self) -> bool:
         return False
 
@@ -206,6 +211,16 @@ class Strategy(Declared):
     @property
     def spans_layers(self) -> bool:
         return False
+
+    @property
+    def keeps_alike(self) -> str:
+        """Who is sure to keep the same tokens: "layers" (all heads of all layers), "heads" (those of a layer), or nobody: ""."""
+        return ""
+
+    @property
+    def wants_alike(self) -> str:
+        """Who must keep the same tokens for this to work after an eviction, in the same words; "" for nobody."""
+        return ""
 
     @property
     def query_window(self) -> int:

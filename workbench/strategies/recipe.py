@@ -56,6 +56,11 @@ class Recipe:
         return any(part.needs_hidden for part in self.parts)
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether a strategy holds the inputs of the attention modules."""
+        return any(part.needs_inputs for part in self.parts)
+
+    @property
     def needs_token_set(self) -> bool:
         """Whether a strategy lets tokens of the prompt stay behind between two layers."""
         return any(part.needs_token_set for part in self.parts)
@@ -157,6 +162,7 @@ def _example(cls: type[Strategy]) -> str:
 
 def _check_order(parts: tuple[Strategy, ...]) -> None:
     """Refuse combinations that make no sense, and say which do."""
+    _check_alike(parts)
     for number, part in enumerate(parts):
         before = parts[:number]
         closing = next((p for p in before if p.closing), None)
@@ -203,6 +209,22 @@ def _check_order(parts: tuple[Strategy, ...]) -> None:
             f"{acting.key} evicts at every step, which would {would} {coded.key} holds, each time; write "
             f"{acting.key}(recompress_every=0) so that it acts once, or use snapkv(...) | {coded.key}(...)."
         )
+
+
+def _check_alike(parts: tuple[Strategy, ...]) -> None:
+    """Refuse evictions by head or by layer beside a strategy that holds one row a token for several of them."""
+    shared = next((p for p in parts if p.wants_alike), None)
+    if shared is None:
+        return
+    enough = {"layers": ("layers",), "heads": ("layers", "heads")}[shared.wants_alike]
+    free = next((p for p in parts if _drops_tokens(p) and p.keeps_alike not in enough), None)
+    if free is None:
+        return
+    evictions = "streaming_llm(recompress_every=0)" + ("" if shared.wants_alike == "layers" else " or chunkkv(...)")
+    raise RecipeError(
+        f"{shared.key} holds one row a token for all {shared.wants_alike} together, and {free.key} lets each of them keep "
+        f"tokens of its own; write {evictions} | {shared.key}(...), or {free.key}(...) | kivi(...)."
+    )
 
 
 def _drops_tokens(part: Strategy) -> bool:

@@ -36,6 +36,7 @@ from workbench.strategies.quantization.mikv import MiKV
 from workbench.strategies.quantization.mustafar import Mustafar
 from workbench.strategies.quantization.rotatekv import RotateKV
 from workbench.strategies.quantization.rtn import RTN
+from workbench.strategies.quantization.xquant import XQuant, XQuantCL
 from workbench.strategies.quantization.zipcache import ZipCache
 
 GROUP = "kv_workbench.strategies"
@@ -69,6 +70,8 @@ OURS: list[type[Strategy]] = [
     BFP,
     RotateKV,
     Mustafar,
+    XQuant,
+    XQuantCL,
 ]
 
 
@@ -123,7 +126,12 @@ def needs(part: Strategy) -> list[str]:
     """What a strategy takes beside keys and values: the prompt's last queries, the choice of later layers' tokens, and the
     commands that make what a model needs beforehand."""
     beforehand = [kind.made_by("MODEL") for kind in part.artifacts]
-    return ["queries"] * bool(part.query_window) + ["token_set"] * part.needs_token_set + beforehand
+    return (
+        ["queries"] * bool(part.query_window)
+        + ["token_set"] * part.needs_token_set
+        + ["inputs"] * part.needs_inputs
+        + beforehand
+    )
 
 
 def strategies() -> list[dict[str, Any]]:

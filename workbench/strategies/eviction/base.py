@@ -170,6 +170,19 @@ class Eviction(Strategy):
         return self.allocator_part.spans_layers
 
     @property
+    def scores_alike(self) -> str:
+        """Who is sure to have the same scores, in the words of :attr:`keeps_alike`."""
+        return ""
+
+    @property
+    def keeps_alike(self) -> str:
+        if self.ragged:
+            return ""
+        if self.scores_alike == "layers" and self.allocator:
+            return "heads"
+        return self.scores_alike or ("heads" if self.selector_part.key == "chunks" else "")
+
+    @property
     def score_window(self) -> int:
         """Queries at the end of the prompt that the score looks at; 0 if none."""
         return 0
@@ -196,11 +209,14 @@ class Eviction(Strategy):
 
     def after_prefill(self, view: LayerView) -> None:
         self.allocator_part.after_prefill(self, view)
+        if not self.spans_layers:
+            self.forget(view)
 
     def after_prompt(self, views: Sequence[LayerView]) -> None:
         self.allocator_part.after_prompt(self, views)
-        for view in views:
-            self.forget(view)
+        if self.spans_layers:
+            for view in views:
+                self.forget(view)
 
     def forget(self, view: LayerView) -> None:
         """Let go of what was noted while the prompt was read, unless it is needed while generating."""

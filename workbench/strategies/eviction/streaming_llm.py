@@ -47,6 +47,10 @@ class StreamingLLM(StepwiseEviction):
             )
 
     @property
+    def scores_alike(self) -> str:
+        return "" if self.rerotate else "layers"  # turned keys are no longer those of the layers' inputs
+
+    @property
     def alone(self) -> bool:
         return self.rerotate
 

@@ -21,6 +21,10 @@ class TOVA(StepwiseEviction):
     summary = "Drops what the newest token attends to least; all heads of a layer keep the same tokens."
 
     @property
+    def scores_alike(self) -> str:
+        return "heads"
+
+    @property
     def score_window(self) -> int:
         return 1
 

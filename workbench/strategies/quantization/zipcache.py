@@ -90,21 +90,20 @@ class ZipCache(Quantization):
 
     def after_step(self, view: LayerView) -> None:
         for segment, query in view.pieces():
-            if not isinstance(segment, TieredSegment):
-                continue
-            recent = segment.tiers[-1]
-            assert isinstance(recent, DenseSegment)
-            if recent.length < self.residual_length:
-                continue
-            scores = received_by(segment, recent, query.last(1))
-            while (recent := segment.tiers[-1]).length >= self.residual_length:  # type: ignore[assignment]
-                count = self.residual_length
-                block, scores = scores[..., :count], scores[..., count:]
-                at = recent.positions()[:, :, :count]
-                base = at.expand(segment.batch, segment.heads, -1) if recent.at is not None else None
-                k, v = recent.keys()[:, :, :count], recent.values()[:, :, :count]
-                tiers = mixed_block(k, v, base, int(at[0, 0, 0]), block, self.codec())
-                segment.tiers[-1:] = [*tiers, recent.after(count)]
+            if isinstance(segment, TieredSegment) and segment.tiers[-1].length >= self.residual_length:
+                scores = received_by(segment, segment.tiers[-1], query.last(1))
+                for block in scores.split(self.residual_length, -1):
+                    if block.shape[-1] == self.residual_length:
+                        self._code_oldest(segment, block)
+
+    def _code_oldest(self, segment: TieredSegment, scores: Tensor) -> None:
+        """The oldest generated tokens, as many as there are ``scores`` [B, H, n], become a block."""
+        recent, count = segment.tiers[-1], scores.shape[-1]
+        assert isinstance(recent, DenseSegment)
+        at = recent.positions()[:, :, :count]
+        base = at.expand(segment.batch, segment.heads, -1) if recent.at is not None else None
+        k, v = recent.keys()[:, :, :count], recent.values()[:, :, :count]
+        segment.tiers[-1:] = [*mixed_block(k, v, base, int(at[0, 0, 0]), scores, self.codec()), recent.after(count)]
 
 
 @dataclass(frozen=True)
