@@ -29,6 +29,7 @@ QUANTIZED = [
     "bfp()",
     "mustafar()",
     'rotatekv(bits=4, reorder="none")',
+    "xquant(bits=4)",
 ]
 RECIPES = [
     *QUANTIZED,
@@ -166,3 +167,18 @@ def test_measuring_can_be_cancelled() -> None:
     control.cancel()
     with pytest.raises(Cancelled):
         finish(steps_)
+
+
+@pytest.mark.parametrize(
+    "recipe, paths",
+    [
+        ("full", []),
+        ("kivi(bits=2, group_size=16, residual_length=16)", ["fused"]),
+        ("adakv(budget=0.8, window=8) | kivi(bits=2, group_size=16, residual_length=16)", ["fused"]),
+        ("gear(bits=4, group_size=16, residual_length=16)", ["dequantize"]),
+        ("xquant(bits=4)", ["rebuild"]),
+    ],
+)
+def test_a_lane_names_how_its_codes_were_read(recipe: str, paths: list[str]) -> None:
+    cmp = wb.compare(build("qwen3"), prompt(T), ["full", recipe], max_new_tokens=4)
+    assert cmp[1].decode_paths == paths

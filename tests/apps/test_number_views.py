@@ -186,3 +186,13 @@ def test_a_search_is_stopped_or_fails_in_words(session: Any, closer: Closer, ope
     settle(session)
     look.refresh()
     assert "stopped" in look._said.object and lane.recipe == "snapkv(budget=0.25)"
+
+
+def test_the_timing_line_names_the_path(session: Any) -> None:
+    from workbench_app.lane_view import facts
+
+    decoding = [next(fact for fact in facts(lane, False) if "decoding" in fact) for lane in session.lanes]
+    assert decoding[0].endswith("decoding") and decoding[A].endswith("decoding")  # they hold no codes
+    lane = session.lanes[B]
+    assert lane.result.decode_paths in (["fused"], ["dequantize"])
+    assert decoding[B].endswith("(fused)" if lane.result.decode_paths == ["fused"] else "(dequantize-then-attend)")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.coded import CodedSegment
+from workbench.cache.inputs import InputSegment
 from workbench.cache.ragged import RaggedSegment
 from workbench.cache.schemes.base import Verbatim
 from workbench.cache.schemes.rotated import Rotated
@@ -200,11 +201,26 @@ def _runs(segment: Segment, heads: range, side: int) -> Iterator[HeldRun]:
         name, whole = ("values", segment.values()) if side else ("keys", segment.keys())
         yield HeldRun(heads, positions, PLAIN, 8 * segment.nbytes()[name] / whole.numel())
         return
+    if isinstance(segment, InputSegment):
+        yield from _input_runs(segment, heads, positions)
+        return
     assert isinstance(segment, CodedSegment)
     start = 0
     for length, state, bits in side_runs(segment.value_side if side else segment.key_side):
         yield HeldRun(heads, positions[:, start : start + length], state, bits)
         start += length
+
+
+def _input_runs(segment: InputSegment, heads: range, positions: Tensor) -> Iterator[HeldRun]:
+    """A layer's inputs: the bytes of a row, over the keys and values of all heads that are rebuilt of it."""
+    numbers = 2 * segment.batch * segment.heads * segment.keys_values(0, 1)[0].shape[-1]
+    newest, cut = segment.residual.view(), segment.coded
+    if cut:
+        size = sum(part.nbytes() for run in segment.runs for part in run.growing.values())
+        yield HeldRun(heads, positions[:, :cut], CODED, 8 * size / (cut * numbers))
+    if newest.shape[2]:
+        size = newest.numel() * newest.element_size()
+        yield HeldRun(heads, positions[:, cut:], RESIDUAL, 8 * size / (newest.shape[2] * numbers))
 
 
 def side_runs(side: Side) -> Iterator[tuple[int, int, float]]:

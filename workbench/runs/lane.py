@@ -98,6 +98,7 @@ class Lane:
     kept_positions: list[list[list[int]]] = field(default_factory=list)  # after the prompt
     packed: list[list[int]] = field(default_factory=list)  # per layer and head: first kept entries held as codes
     drift: dict[str, list[list[float]]] | None = None
+    decode_paths: list[str] = field(default_factory=list)  # how decoding read codes: fused, dequantize, rebuild
     prefill_seconds: float = 0.0
     prefill_reused: bool = False
     tokens_by_layer: list[int] = field(default_factory=list)  # of the prompt: fewer where a strategy left some behind
