@@ -34,7 +34,7 @@ class Precision(Look):
         self._note = sentence()
         self._title = sentence()
         self._saliency = pn.pane.Bokeh(None, sizing_mode="stretch_width", margin=0)
-        self._frame: Any = None
+        self._shown: Any = None  # sides, head and its saliency: a row for every token is made only when asked for
         return [self._pane, self._note, self._title, self._saliency]
 
     def known(self, lane: LaneState) -> tuple[Any, ...]:
@@ -44,7 +44,7 @@ class Precision(Look):
     def draw(self, lane: LaneState, at: tuple[int, int]) -> None:
         found = self.session.findings.numbers(lane)
         if found is None:
-            self._frame = None
+            self._shown = None
             self.empty(self.session.findings.said("numbers", lane))
             return
         layer, head = found.layers[at[0]], at[1]
@@ -71,12 +71,7 @@ class Precision(Look):
                 "■ most bits, ○ fewer, × dropped</span></p>"
             )
             self._saliency.object = self._scatter(found, at, saliency[head].numpy())
-        self._frame = pd.DataFrame(
-            {"token": np.arange(len(self.session.texts)), "text": [formats.visible(t) for t in self.session.texts]}
-            | {side: [STATES[int(s)] for s in data.state[head]] for side, data in sides.items()}
-            | {f"bits of {side}": [bits_text(float(b)) for b in data.bits[head]] for side, data in sides.items()}
-            | ({} if saliency is None else {"saliency": [f"{float(s):.3g}" for s in saliency[head]]})
-        )
+        self._shown = (sides, head, None if saliency is None else saliency[head])
 
     def _strip(self, sides: dict[str, SideNumbers], head: int) -> Any:
         tokens = len(self.session.texts)
@@ -107,7 +102,7 @@ class Precision(Look):
             ))  # fmt: skip
             left, right = residual(data.state[head].numpy())
             paint = {"fill_alpha": 0, "line_color": NEUTRAL, "line_width": 2, "hatch_pattern": "."}
-            ink = {"hatch_color": "#ffffff", "hatch_scale": 6, "hatch_alpha": 0.9}
+            ink = {"hatch_color": NEUTRAL, "hatch_scale": 6}
             plot.quad(left, right, [row + 0.94] * len(left), [row + 0.06] * len(left), **paint, **ink)
         ticks = range(int(math.log2(max(most, 2.0))) + 1)
         names = {n: f"{2**n}" for n in ticks}
@@ -152,7 +147,15 @@ class Precision(Look):
         return plot
 
     def table(self) -> Any:
-        return self._frame
+        if self._shown is None:
+            return None
+        sides, head, saliency = self._shown
+        return pd.DataFrame(
+            {"token": np.arange(len(self.session.texts)), "text": [formats.visible(t) for t in self.session.texts]}
+            | {side: [STATES[int(s)] for s in data.state[head]] for side, data in sides.items()}
+            | {f"bits of {side}": [bits_text(float(b)) for b in data.bits[head]] for side, data in sides.items()}
+            | ({} if saliency is None else {"saliency": [f"{float(s):.3g}" for s in saliency]})
+        )
 
 
 STATES = {GONE: "dropped", CODED: "packed", PLAIN: "full precision", RESIDUAL: "residual"}
