@@ -12,7 +12,8 @@ import workbench as wb
 from tests.builders import build, cache_for, prompt
 from workbench.cache.layer import WorkbenchLayer
 from workbench.cache.segments import Query
-from workbench.inspection.drift import common_entries, read_error, stored_cosine
+from workbench.inspection.drift import read_error, stored_cosine
+from workbench.inspection.storage import common_entries
 from workbench.inspection.why import reference_attention
 from workbench.runs.decode import kl_divergence
 

@@ -17,6 +17,8 @@ _WHERE = {
     "Recipe": "workbench.strategies.recipe",
     "compare": "workbench.runs.compare",
     "stream": "workbench.runs.compare",
+    "inspect": "workbench.runs.inspect",
+    "drift": "workbench.runs.drift",
     "Control": "workbench.runs.control",
     "WorkbenchError": "workbench.errors",
     "ModelError": "workbench.errors",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from workbench.runs.compare import compare as compare
     from workbench.runs.compare import stream as stream
     from workbench.runs.control import Control as Control
+    from workbench.runs.drift import drift as drift
+    from workbench.runs.inspect import inspect as inspect
     from workbench.strategies.recipe import Recipe as Recipe
     from workbench.strategies.registry import strategies as strategies
 

@@ -139,6 +139,33 @@ def compare(
     raise typer.Exit(command.run(model, text, lane, options, device, dtype, kept, json_file))
 
 
+@app.command()
+def inspect(
+    model: ModelName,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A UTF-8 text file with the prompt; - is standard input.")
+    ] = None,
+    token_ids: Annotated[str | None, typer.Option(metavar='"1,5,9"', help="The prompt as token ids.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="A layer to count; may repeat. All if none is named.")
+    ] = None,
+    sinks: Annotated[int, typer.Option(help="How many first tokens count as attention sinks.")] = 4,
+    top: Annotated[int, typer.Option(help="Tokens to name per head in the JSON.")] = 8,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    chunk: Annotated[int, typer.Option(help="Prompt tokens read in one step.")] = 2048,
+    json_file: JsonFile = None,
+) -> None:
+    """Read a prompt and count what every head attends to, without a matrix of all pairs of tokens."""
+    from workbench.commands.compare import one_prompt
+    from workbench.commands.inspect import run as command
+
+    options = {"sinks": sinks, "chunk": chunk}
+    text = one_prompt(prompt, prompt_file, token_ids)
+    raise typer.Exit(command(model, text, layer, options, top, device, dtype, json_file))
+
+
 @train_app.command("recall")
 def train_recall(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint and the model.")],
@@ -223,12 +250,12 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[SUBJECT]…",
-            help="speed, bytes, kernels, load, rerun, app (these if none is named); eviction, accuracy, which take longer.",
+            help="speed, bytes, kernels, load, rerun, app (these if none is named); eviction, accuracy, inspect, which take longer.",
         ),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="Recipes for speed; may repeat.")] = None,
     length: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed and kernels; may repeat.")
+        list[int] | None, typer.Option(metavar="N", help="Prompt tokens for speed, kernels and inspect; may repeat.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Interleaved repetitions.")] = None,
     method: Annotated[

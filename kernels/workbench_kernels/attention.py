@@ -166,8 +166,11 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, need_lse
     if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
         # The CPU kernel reads rows as if the last axis were dense, and says nothing where it is not.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        together = q.shape[2] == 1 and q.shape[1] > k.shape[1]
+        if together:  # a generated token: the group's heads as so many queries, so that keys and values are read once
+            q = q.squeeze(2).unflatten(1, (k.shape[1], -1))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
+        return (out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[..., None]) if together else (out, lse)
     if not need_lse:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True), None
     return _blockwise(q, k, v, scale, causal, None, None, None)

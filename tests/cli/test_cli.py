@@ -195,9 +195,9 @@ def test_help_and_version_are_quick_and_load_no_torch(capsys: pytest.CaptureFixt
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "widgets"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for name in ("app", "models", "strategies", "compare", "bench", "train", "calibrate"):
+    for name in ("app", "models", "strategies", "compare", "inspect", "bench", "train", "calibrate"):
         assert name in done.stdout
-    for name in ("inspect", "denoise", "sweep"):  # only commands that work
+    for name in ("denoise", "sweep"):  # only commands that work
         assert name not in done.stdout
 
 
@@ -242,13 +242,43 @@ def test_a_taken_port_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "taken" in capsys.readouterr().err
 
 
+def test_inspect_writes_what_every_head_attends_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inspect", str(folder), "--token-ids", IDS, "--device", "cpu"]
+    assert cli.run([*words, "--json", "-", "--top", "3", "--sinks", "2"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    layers, heads = data["model"]["num_layers"], data["model"]["num_heads"]
+    assert data["schema"] == 1 and data["prompt_tokens"] == 80 and set(data["model"]) == MODEL and not data["sampled"]
+    assert len(data["entropy"]) == len(data["sink_mass"]) == len(data["top_of_last"]) == layers
+    assert all(len(row) == heads and all(0 <= x <= 4.4 for x in row) for row in data["entropy"])
+    assert all(abs(sum(share) - 1) < 1e-3 for row in data["distance_mass"] for share in row)
+    assert all(len(head) == 3 for row in data["top_of_last"] for head in row) and data["sinks"] == 2
+    assert cli.run([*words, "--layer", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"L1 H{heads - 1}" in out and "L0 H0" not in out and "none sampled" in out
+
+
+def test_inspect_refuses_what_it_cannot_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, message in (
+        (["--layer", "99"], "layers are numbers from 0 to"),
+        (["--top", "0"], "--top must be at least 1"),
+        (["--sinks", "-1"], "sinks must be at least 0"),
+    ):
+        assert cli.run(["inspect", str(folder), "--token-ids", IDS, "--device", "cpu", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.run(["inspect", str(folder), "--device", "cpu"]) == 2
+    assert "Give the prompt once" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_bench_runs_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "bench.json"
     began = time.perf_counter()
     recipes = ("--recipe", "full", "--recipe", "fastkv(budget=0.25)")
-    assert cli.run(["bench", "speed", "bytes", "rerun", "--quick", *recipes, "--json", str(target)]) == 0
+    assert cli.run(["bench", "speed", "bytes", "rerun", "inspect", "--quick", *recipes, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
+    (inspected,) = result["inspect"]
+    assert inspected["memory"]["held_per_head"] < 1 << 20 and inspected["payload"]["tile"] <= 512 << 10
+    assert all(tile["p50_ms"] > 0 for tile in inspected["tiles"].values())
     (times,) = result["speed"]["times"]
     assert times["equal"] and times["lanes"]["full"]["prefill"]["ratio"] > 0
     assert set(times["lanes"]) == {"plain transformers", "full", "fastkv(budget=0.25)"}

@@ -46,7 +46,10 @@ def measure_peaks(
             lanes: dict[str, dict[str, float]] = {}
             for name in names:
                 tell(f"peak memory: {model}, {length:,} tokens, {name}")
-                runs = [_in_own_process(model, length, name) for _ in range(1 if quick else min(rounds or 3, 3))]
+                runs = [
+                    in_own_process("workbench.bench.peak", model, str(length), name)
+                    for _ in range(1 if quick else min(rounds or 3, 3))
+                ]
                 lanes[name] = {key: statistics.median(run[key] for run in runs) for key in ("added", "total")}
             for lane in lanes.values():
                 lane["added_ratio"] = round(lane["added"] / max(1.0, lanes[PLAIN]["added"]), 4)
@@ -55,12 +58,13 @@ def measure_peaks(
     return out
 
 
-def _in_own_process(model: str, length: int, name: str) -> dict[str, float]:
+def in_own_process(module: str, *arguments: str) -> dict[str, float]:
+    """The JSON that a module prints in a process of its own, where freed memory is given back at once."""
     environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "workbench.bench.peak", model, str(length), name]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring {name} at {length} tokens failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"measuring {' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1:]}")
     return dict(json.loads(done.stdout))
 
 

@@ -1,4 +1,4 @@
-"""The models that are measured: the house model, and a random Llama of about 60 million parameters."""
+"""The models that are measured: the house model, and random Llamas of its size and of about 60 million parameters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,25 @@ from workbench.models.load import Model, load
 
 HOUSE_NAME = "house/recall"
 RANDOM_NAME = "random-60m"
+SMALL_NAME = "random-house"  # the house model's shape, for prompts longer than the house model reads
 TINY_NAME = "random-tiny"
 
+LONGEST = 1 << 18
+
 SIZES = {
+    SMALL_NAME: LlamaConfig(
+        vocab_size=1536,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=LONGEST,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=None,
+    ),
     RANDOM_NAME: LlamaConfig(  # 63 million parameters
         vocab_size=16384,
         hidden_size=512,
@@ -25,7 +41,7 @@ SIZES = {
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=16384,
+        max_position_embeddings=LONGEST,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=None,

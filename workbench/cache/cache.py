@@ -31,6 +31,14 @@ class AttentionProbe(Protocol):
         ...
 
 
+class AttentionReader(Protocol):
+    """Attends in the place of a layer's store, to learn more on the way than the output tells."""
+
+    def attend(self, layer: WorkbenchLayer, query: Query) -> Tensor:
+        """What ``layer.store.attend(query)`` gives, [B, Hq, Tq, D], up to rounding."""
+        ...
+
+
 class ScoreProbe(Protocol):
     """Observes by what strategies choose the entries they keep of the prompt."""
 
@@ -98,6 +106,8 @@ class WorkbenchCache(Cache):
         self.recipe, self.geometry, self.prompt_length = recipe, geometry, prompt_length
         self.probes: list[AttentionProbe] = list(probes)
         self.artifacts = artifacts
+        self.reader: AttentionReader | None = None
+        self.keep_passed = False  # whether layers go on holding what their sliding window has passed
         self.score_probe: ScoreProbe | None = None
         self.replaying = False
         self.drive: Drive | None = None  # while the layers are run one by one

@@ -362,7 +362,7 @@ class WorkbenchLayer(CacheLayerMixin):
         at = None if cache.drive is None else cache.drive.at
         start = self.seen - q.shape[2] if at is None else int(at[0])
         query = Query(q, start, not cache.replaying, scale, window, softcap, padding, sinks, at)
-        out = self.store.attend(query)
+        out = self.store.attend(query) if cache.reader is None else cache.reader.attend(self, query)
         for probe in cache.probes:
             probe.on_attention(self, query, out)
         if not cache.replaying:
@@ -385,7 +385,8 @@ class WorkbenchLayer(CacheLayerMixin):
             for number, part in enumerate(parts):
                 part.on_chunk(self.view(number, query))
             self.hidden = None
-        if query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP):
+        passed = query.window is not None and (ends_prompt or self.seen // SWEEP > query.start // SWEEP)
+        if query.window is not None and passed and not cache.keep_passed:
             self.store.drop_before(self.seen - query.window)
         if ends_prompt:
             cache.finish_layer(self, query)

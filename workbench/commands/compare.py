@@ -93,7 +93,7 @@ def run(
     check_target(json_file)
     recipes = [Recipe.parse(text) for text in lanes]  # a slip is told before a large model loads
     work = Run(load(model, device, dtype), prompt, recipes, **options)
-    with _interruptible(work.control):
+    with interruptible(work.control):
         _follow(work.events(), len(work.prompt), work.lanes, work.settings.sampling.max_new_tokens)
     result = work.comparison()
     if json_file is None:
@@ -109,7 +109,7 @@ def run(
 
 
 @contextmanager
-def _interruptible(control: Control) -> Iterator[None]:
+def interruptible(control: Control) -> Iterator[None]:
     """Ctrl-C cancels the run at its next token or chunk; a second one stops at once."""
 
     def cancel(number: int, frame: FrameType | None) -> None:

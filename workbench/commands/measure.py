@@ -18,7 +18,7 @@ from workbench.commands.output import check_target, console, size, write_result
 from workbench.errors import WorkbenchError
 
 USUAL = ("speed", "bytes", "kernels", "load", "rerun", "app")
-SUBJECTS = (*USUAL, "eviction", "accuracy")
+SUBJECTS = (*USUAL, "eviction", "accuracy", "inspect")
 MARK = {None: "", True: "reached", False: "MISSED"}
 
 
@@ -44,6 +44,7 @@ def measure(
     from workbench.bench.app import measure_app
     from workbench.bench.cache_bytes import measure_bytes
     from workbench.bench.eviction import PAIRS, measure_eviction
+    from workbench.bench.inspect import measure_inspect
     from workbench.bench.kernels import measure_kernels
     from workbench.bench.latency import measure_load, measure_rerun
     from workbench.bench.machine import commit, describe_machine
@@ -73,6 +74,7 @@ def measure(
         "app": lambda: measure_app(rounds, quick, _tell),
         "eviction": lambda: measure_eviction(methods, lengths, rounds, kvpress_python, quick, _tell),
         "accuracy": lambda: measure_accuracy(methods, samples, quick, _tell),
+        "inspect": lambda: measure_inspect(lengths, rounds, quick, _tell),
     }
     failed: dict[str, str] = {}
     out = console() if json_file is None else Console(stderr=True, width=160, highlight=False)
@@ -138,7 +140,8 @@ def _missed(result: dict[str, Any]) -> bool:
     cases = [*result.get("bytes", []), *eviction.get("held", [])]
     asked = [*kernels, *(lane for case in cases for lane in case["lanes"].values())]
     missed = any(figure.get("reached") is False for figure in asked)
-    return refused or failed or missed
+    inspected = [reached for case in result.get("inspect", []) for reached in case["reached"].values()]
+    return refused or failed or missed or not all(inspected)
 
 
 def _show_speed(speed: dict[str, Any], out: Console) -> None:
@@ -182,6 +185,32 @@ def _show_bytes(cases: list[dict[str, Any]], out: Console) -> None:
             limit = "" if lane["at_most"] is None else f"{lane['at_most']:.2f}x"
             table.add_row(escape(name), size(lane["used_bytes"]), f"{lane['ratio']:.4f}x", limit, MARK[lane["reached"]])
         out.print(table)
+
+
+def _show_inspect(cases: list[dict[str, Any]], out: Console) -> None:
+    for case in cases:
+        out.print(
+            f"{case['model']}, {case['dtype']}, {case['tokens']:,} tokens, {case['heads']} heads; read: {case['read']}",
+            markup=False,
+        )
+        table = Table("reading", "s", "ratio")
+        for way, found in case["prefill"].items():
+            table.add_row(way, f"{found['seconds']:.3f}", f"{found['ratio']:.3f}x")
+        out.print(table)
+        memory = case["memory"]
+        out.print(f"held per head {size(memory['held_per_head'])}", markup=False)
+        if "peak_extra" in memory:
+            out.print(f"peak beyond full {size(memory['peak_extra'])}, per head {size(memory['peak_extra_per_head'])}")
+        for key, value in case.get("matrices", {}).items():
+            out.print(f"against output_attentions=True, {key}: {value}", markup=False)
+        table = Table("tile", "p50 ms", "p95 ms", "most ms", "rows", "of")
+        for view, tile in case["tiles"].items():
+            waits = (f"{tile[k]:.0f}" for k in ("p50_ms", "p95_ms", "max_ms"))
+            table.add_row(view, *waits, "-".join(map(str, sorted(set(tile["rows"])))), f"{tile['rows_in_view']:,}")
+        out.print(table)
+        out.print("sent: " + ", ".join(f"{key} {size(count)}" for key, count in case["payload"].items()), markup=False)
+        for goal, reached in case["reached"].items():
+            out.print(f"{goal.replace('_', ' ')}: {'reached' if reached else 'MISSED'}", markup=False)
 
 
 def _draw(json_file: str, kernels: dict[str, Any]) -> None:
@@ -302,4 +331,5 @@ SHOW: dict[str, Callable[[Any, Console], None]] = {
     "app": _show_waits,
     "eviction": _show_eviction,
     "accuracy": _show_accuracy,
+    "inspect": _show_inspect,
 }

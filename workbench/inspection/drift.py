@@ -1,4 +1,4 @@
-"""KV drift of a lane against the reference, right after the prompt.
+"""KV drift of a lane against the reference in three numbers a head, right after the prompt; all of it is ``wb.drift``.
 
 Storage drift compares what both hold for the same token; read drift gives both the reference's own query of a layer
 (local mode: each layer's error on its own, nothing accumulated) and compares the outputs.
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+
+from workbench.inspection.storage import common_entries
 
 if TYPE_CHECKING:
     from workbench.cache.cache import WorkbenchCache
@@ -39,15 +40,6 @@ def measure_drift(trace: ReferenceRun, cache: WorkbenchCache) -> dict[str, list[
             if queries:
                 out["output_relative_l2"].append(read_error(theirs, ours, queries[layer]))
     return out
-
-
-def common_entries(reference: Tensor, lane: Tensor) -> tuple[Tensor, Tensor]:
-    """Entry numbers, in the reference and in the lane, of the positions both hold (int32 [n] each, any order)."""
-    order = reference.argsort()
-    held = reference[order]
-    slot = torch.searchsorted(held, lane).clamp_(max=max(0, len(held) - 1))
-    both = held[slot] == lane if len(held) else torch.zeros_like(lane, dtype=torch.bool)
-    return order[slot[both]], both.nonzero().squeeze(-1)
 
 
 def stored_cosine(reference: WorkbenchLayer, lane: WorkbenchLayer, row: int) -> tuple[float, float]:

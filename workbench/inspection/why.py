@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.cache.segments import Query, entry_mask
-from workbench.cache.store import sink_share
+from workbench.inspection.reading import SINK, take_reading
 
 if TYPE_CHECKING:
     from workbench.cache.layer import WorkbenchLayer
+    from workbench.cache.segments import Query
     from workbench.runs.lane import Lane
     from workbench.runs.reference import ReferenceRun
 
@@ -50,21 +50,10 @@ def reference_attention(layer: WorkbenchLayer, query: Query, row: int) -> tuple[
     Returns:
         weights float32 [G, n] over the prompt entries of the row, and their positions int32 [n].
     """
-    k, _, at = layer.store.entries(row)
-    group = query.q.shape[1] // layer.store.heads
-    q = query.q[0, row * group : (row + 1) * group, -1].float()  # [G, D]
-    logits = q @ k.float().T * query.scale
-    if query.softcap is not None:
-        logits = query.softcap * torch.tanh(logits / query.softcap)
-    mask = entry_mask(query, at[None, None])
-    if mask is not None:
-        extra = mask(query.q.shape[2] - 1, query.q.shape[2], 0, len(at))
-        logits = logits + (extra[0, :, 0] if extra is not None else 0.0)
-    weights = logits.softmax(-1)
-    if query.sinks is not None:
-        sinks = query.sinks[row * group : (row + 1) * group]
-        weights = weights * sink_share(logits.logsumexp(-1)[None, :, None], sinks)[0]
-    return weights, at
+    found = take_reading(layer, query, row)
+    weights = found.logits.softmax(-1)
+    own = found.at != SINK  # what a sink takes is missing from the sum
+    return weights[:, own], found.at[own]
 
 
 def explain(trace: ReferenceRun, lane: Lane, token: int, answer: int = 0, most: int = 8) -> Why | None:

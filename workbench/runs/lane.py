@@ -159,6 +159,15 @@ class Comparison:
         self.model, self.prompt, self.lanes, self.reference, self.chunk = model, prompt, lanes, reference, chunk
         self._trace = trace
 
+    @property
+    def trace(self) -> ReferenceRun:
+        """The reference as it was right after the prompt, and its answers. WorkbenchError where it did not get there."""
+        if self._trace is None or not self._trace.answers:
+            raise WorkbenchError(
+                "The reference lane did not finish, so there is nothing to compare with; run it again."
+            )
+        return self._trace
+
     def __getitem__(self, lane: int) -> Lane:
         return self.lanes[lane]
 
