@@ -5,25 +5,28 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import workbench as wb
 from workbench.inspection.overlap import held_masks
+from workbench.runs.align import Aligned, aligned
 from workbench.runs.control import Control, device_queue
 from workbench.runs.prompt import Cancelled
-from workbench.runs.replay import retained, scored
+from workbench.runs.replay import numbers, retained, scored
 from workbench_app.lane_work import Told
 from workbench_app.runner import Job, Urgency
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workbench.inspection.numbers import HeldNumbers
     from workbench.inspection.scores import ScoreLog
     from workbench_app.ask import Ask, LaneState
     from workbench_app.session import Session
 
 LOG = logging.getLogger("workbench.app")
+OF_REFERENCE = ("retained", "numbers")  # compared with the reference
 MOST = 256 << 20  # bytes of measurements kept, the newest at least
 
 
@@ -36,6 +39,7 @@ class Findings:
         self._trouble: dict[Hashable, str] = {}
         self._under_way: dict[Hashable, str] = {}  # what is being measured, and how far it is
         self._stopped = False
+        self._then: dict[Hashable, Callable[[Any], None]] = {}  # called with what was found
         self._held: dict[int, tuple[Any, Tensor]] = {}  # by lane
         self._numbers = itertools.count()
 
@@ -65,6 +69,38 @@ class Findings:
             self._submit(wanted, lambda control: self._retain(model, ask, trace, results, control))
         return [self._known.get(key) for key in keys]
 
+    def numbers(self, lane: LaneState) -> HeldNumbers | None:
+        """What a lane's keys and values are off by, and the bits they take; None until it was measured."""
+        session, trace = self._session, self._session.reference_trace()
+        if lane.result is None or session.model is None:
+            return None
+        key = self._key("numbers", lane)
+        if trace is not None and self._wanted(key):
+            model, ask, recipe = session.model, session.ask, lane.result.resolved
+            self._submit([key], lambda control: self._compare(model, ask, trace, recipe, control))
+        return self._known.get(key)
+
+    def align(self, lane: LaneState, target: int, then: Callable[[Aligned], None]) -> None:
+        """Search the budget with which a lane holds ``target`` bytes; ``then`` is called with what was found."""
+        session = self._session
+        if lane.result is None or session.model is None:
+            return
+        self.opened()
+        key = self.align_key(lane, target)
+        if key in self._known:
+            then(self._known[key])
+        elif self._wanted(key):
+            self._then[key] = then
+            model, ask, recipe = session.model, session.ask, lane.result.resolved
+            self._submit([key], lambda control: self._align(model, ask, recipe, target, control))
+
+    def align_key(self, lane: LaneState, target: int) -> Hashable:
+        return (self._key("align", lane), target)
+
+    def align_said(self, key: Hashable) -> str:
+        """How far a search is, or why it found nothing."""
+        return self._under_way.get(key) or self._trouble.get(key) or ""
+
     def held(self, lane: LaneState) -> Tensor:
         """What a lane holds of the prompt, as a mask bool [layers, KV heads, tokens]; made once for what it holds now."""
         tokens = len(self._session.texts)
@@ -85,8 +121,8 @@ class Findings:
             return self._trouble[key]
         if key in self._under_way:
             return self._under_way[key]
-        if kind == "retained" and session.reference_trace() is None:
-            return "What the reference read is no longer held; press Run to run it again."
+        if kind in OF_REFERENCE and session.reference_trace() is None:
+            return "What the reference read and held is gone; press Run to run it again."
         return "Stopped. Choose another view and come back to measure it."
 
     # -- being told -----------------------------------------------------------------------------------------------------
@@ -104,10 +140,13 @@ class Findings:
                     self._under_way[key] = what
                 continue
             self._under_way.pop(key, None)
+            then = self._then.pop(key, None)
             if news == "trouble":
                 self._trouble[key] = what
                 continue
             self._known[key] = what[number]
+            if then is not None:
+                then(what[number])
             while len(self._known) > 1 and sum(held.nbytes for held in self._known.values()) > MOST:
                 self._known.popitem(last=False)
 
@@ -120,12 +159,14 @@ class Findings:
         """Lanes are about to run: what is being measured waits until they are done."""
         self._session.runner.cancel_where(lambda key: isinstance(key, tuple) and key[0] == "look")
         self._under_way.clear()
+        self._then.clear()
         self._stopped = False
 
     def stop(self) -> None:
         """A person stopped everything."""
         self._stopped = self._stopped or self.busy
         self._under_way.clear()
+        self._then.clear()
 
     # -- measuring ------------------------------------------------------------------------------------------------------
 
@@ -133,7 +174,7 @@ class Findings:
         assert lane.result is not None
         reference = self._session.reference
         base = reference.result.resolved if reference is not None and reference.result is not None else ""
-        return (kind, self._session.ask, base if kind == "retained" else "", lane.result.resolved)
+        return (kind, self._session.ask, base if kind in OF_REFERENCE else "", lane.result.resolved)
 
     def _wanted(self, key: Hashable) -> bool:
         if key in self._known:
@@ -176,6 +217,28 @@ class Findings:
             steps = scored(model, prompt, recipe, control=control, snapshot=self._session.work.snapshot(ask))
             log, _ = yield from _told(steps, f"Compressing the prompt again: {{:,}} of {len(prompt):,} tokens")
         return [log]
+
+    def _compare(
+        self, model: wb.Model, ask: Ask, trace: Any, recipe: str, control: Control
+    ) -> Generator[str, None, list[HeldNumbers]]:
+        prompt = model.encode(ask.text)
+        with device_queue(model.device).turn(control) as granted:
+            if not granted:
+                raise Cancelled
+            snapshot = self._session.work.snapshot(ask)
+            steps = numbers(model, trace.cache, prompt, recipe, control=control, snapshot=snapshot)
+            return [(yield from _told(steps, f"Compressing the prompt again: {{:,}} of {len(prompt):,} tokens"))]
+
+    def _align(
+        self, model: wb.Model, ask: Ask, recipe: str, target: int, control: Control
+    ) -> Generator[str, None, list[Aligned]]:
+        prompt = model.encode(ask.text)
+        with device_queue(model.device).turn(control) as granted:
+            if not granted:
+                raise Cancelled
+            snapshot = self._session.work.snapshot(ask)
+            steps = aligned(model, prompt, recipe, target, control=control, snapshot=snapshot)
+            return [(yield from _told(steps, "Searching the budget: {} tried"))]
 
     def _retain(
         self, model: wb.Model, ask: Ask, trace: Any, results: list[Any], control: Control

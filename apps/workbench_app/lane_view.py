@@ -19,6 +19,11 @@ from workbench_app.looks import CARD
 from workbench_app.session import MOST_LANES, Session
 
 ORDER = ("keys", "values", "codes", "scales", "window", "positions", "scores")
+PATHS = {
+    "fused": "fused",
+    "dequantize": "dequantize-then-attend",
+    "rebuild": "rebuild-then-attend",
+}  # how codes are read
 STOPPED = {"length": "stopped at the length asked for", "eos": "ended by itself", "cancelled": "stopped"}
 
 
@@ -148,9 +153,10 @@ def facts(lane: LaneState, is_reference: bool, example: Example | None = None) -
         out.append(f"KL {formats.nats(result.kl_mean)} nats a token")
     if not is_reference and result.top1_agreement is not None:
         out.append(f"{formats.percent(result.top1_agreement)} same choice")
+    path = f" ({' and '.join(PATHS[name] for name in result.decode_paths)})" if result.decode_paths else ""
     reused = " (reused)" if result.prefill_reused else ""
     out += [
-        f"{formats.seconds_text(seconds['decode'])} decoding",
+        f"{formats.seconds_text(seconds['decode'])} decoding{path}",
         f"prompt {formats.seconds_text(seconds['prefill'])}{reused}",
     ]
     if not is_reference:

@@ -25,6 +25,9 @@ SENTENCES = {
     "Why dropped?": r"Lane A kept it in \d+ of 4 heads",
     "Overlap": r"Jaccard index \d\.\d\d",
     "Retained attention": r"of what the reference reads",
+    "Bytes by kind": r"holds [\d,]+ bytes per prompt token",
+    "Quantization error": r"every number as the reference has it",
+    "Packed or residual": r"in full precision at 32 bits",
 }
 
 
@@ -96,6 +99,39 @@ def test_every_look_opens_and_leads_to_the_tokens(page: Page, address: str) -> N
     expect(page.locator(".tabulator").first).to_be_visible(timeout=SLOW)
     page.get_by_role("button", name="None", exact=True).click()
     expect(page.get_by_text("To its tokens")).to_be_hidden(timeout=SLOW)
+
+
+def test_errors_follow_the_theme_and_a_lane_is_brought_to_equal_bytes(page: Page, address: str) -> None:
+    opened(page, address)
+    page.get_by_role("button", name="B", exact=True).click()
+    page.get_by_role("button", name="Quantization error", exact=True).click()
+    expect(page.get_by_text(re.compile(r"its keys are off by [\d.]+ %"))).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="values", exact=True).click()
+    expect(page.get_by_text(re.compile(r"its values are off by [\d.]+ %"))).to_be_visible(timeout=SLOW)
+    palettes = """() => {
+      const found = new Set();
+      for (const root of Bokeh.documents.flatMap((doc) => [...doc._all_models.values()]))
+        if (root.type === "LinearColorMapper") found.add(root.palette[0]);
+      return [...found];
+    }"""
+    page.wait_for_function(f"({palettes})().length == 1", timeout=SLOW)
+    light = page.evaluate(palettes)
+    page.get_by_label("Toggle theme").click()
+    page.wait_for_function(f"({palettes})().length == 1 && ({palettes})()[0] != {light[0]!r}", timeout=SLOW)
+    plot = page.locator(".bk-Figure").last
+    plot.scroll_into_view_if_needed()
+    plot.click(position={"x": 120, "y": 90})
+    expect(page.get_by_text("To its tokens")).to_be_visible()
+    page.get_by_label("Numbers as a table").check()
+    expect(page.locator(".tabulator").first).to_contain_text("largest error", timeout=SLOW)
+
+    page.get_by_role("button", name="A", exact=True).click()
+    look(page, "Bytes by kind")
+    page.get_by_role("button", name="Match bytes").click()
+    expect(page.get_by_text(re.compile(r"Found in \d+ tries"))).to_be_visible(timeout=SLOW)
+    lane = page.locator('section.lane[data-lane="A"]')
+    expect(lane).to_have_attribute("data-status", "done", timeout=SLOW)
+    expect(lane).not_to_contain_text("snapkv(budget=0.25)")
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -46,6 +46,10 @@ class ScoreProbe(Protocol):
         """Called before part number ``part`` of the recipe drops entries: scores and positions are [B, H, n]."""
         ...
 
+    def on_saliency(self, layer: int, saliency: Tensor) -> None:
+        """Called before precision is chosen token by token: saliency [B, H, T] by position, larger means more bits."""
+        ...
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -59,6 +59,11 @@ class CodedSegment(UniformSegment):
     def __init__(self, batch: int, heads: int, keys: Side, values: Side, start: int = 0) -> None:
         super().__init__(batch, heads, start)
         self.key_side, self.value_side = keys, values
+        self._paths: set[str] = set()
+
+    @property
+    def paths(self) -> set[str]:
+        return self._paths
 
     @property
     def length(self) -> int:
@@ -119,6 +124,9 @@ class CodedSegment(UniformSegment):
         done = 0
         if query.q.shape[2] == 1 and not masked:  # more queries are worth decoding for
             parts, done = attend_held(query, self.key_side, self.value_side)
+        if query.q.shape[2] == 1:
+            both = min(self.key_side.coded, self.value_side.coded)
+            self._paths = {"fused"} if done and done == both else {"fused", "dequantize"} if done else {"dequantize"}
         # The queries' own entries were appended last and must all be in the final block.
         last = self.length - (query.q.shape[2] if query.own else 0)
         edges = [*range(done, max(last, done + 1), BLOCK), self.length] if done < self.length else []

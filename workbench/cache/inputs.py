@@ -123,6 +123,10 @@ class InputSegment(UniformSegment):
         return self.runs[0].length
 
     @property
+    def paths(self) -> set[str]:
+        return {"rebuild"}
+
+    @property
     def length(self) -> int:
         return self.coded + self.residual.length
 

@@ -203,6 +203,12 @@ class LayerView:
         if probe is not None:
             probe.on_scores(self.layer, self._part, scores, self.positions())
 
+    def note_saliency(self, saliency: Tensor) -> None:
+        """Tell whoever inspects the run by what each token's precision is about to be chosen: [B, H, T] by position."""
+        probe = self._owner.cache.score_probe
+        if probe is not None:
+            probe.on_saliency(self.layer, saliency)
+
     def keep(self, index: Tensor | Sequence[Tensor], keys: Tensor | None = None) -> None:
         """Keep only these entries, maybe with other keys (see :meth:`Store.keep`); the rest is freed."""
         self._owner.keep(index, keys)

@@ -21,6 +21,10 @@ class RaggedSegment(Segment):
     def lengths(self) -> list[int]:
         return [row.lengths[0] for row in self.rows]
 
+    @property
+    def paths(self) -> set[str]:
+        return set().union(*(row.paths for row in self.rows))
+
     def append(self, k: Tensor, v: Tensor, start: int, at: Tensor | None = None) -> None:
         for index, row in enumerate(self.rows):
             b, h = divmod(index, self.heads)

@@ -181,6 +181,12 @@ class Segment(ABC):
     def clone(self) -> Segment:
         """A segment that shares this one's storage and can be appended to on its own."""
 
+    @property
+    def paths(self) -> set[str]:
+        """How attention of one query last read the entries held as codes: "fused", as they are held; "dequantize", decoded
+        first; "rebuild", of the layer's inputs. Empty where none are, or none was asked yet."""
+        return set()
+
     def rest_on(self, below: Segment) -> None:
         """Where entries are held as differences to those of the layer before: the segment that holds these."""
 

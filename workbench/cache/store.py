@@ -244,6 +244,11 @@ class Store:
         for segment in self.segments:
             segment.drop_before(position)
 
+    @property
+    def paths(self) -> set[str]:
+        """How attention last read what is held as codes (:attr:`Segment.paths`)."""
+        return set().union(*(segment.paths for segment in self.segments))
+
     def packed(self, row: int) -> int:
         """How many entries of a row are held as codes."""
         return sum(segment.packed(row) for segment in self.segments)

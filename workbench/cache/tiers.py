@@ -47,6 +47,10 @@ class TieredSegment(UniformSegment):
             tier.settle()
 
     @property
+    def paths(self) -> set[str]:
+        return set().union(*(tier.paths for tier in self.tiers))
+
+    @property
     def filled(self) -> list[UniformSegment]:
         """Tiers that hold entries; the first one where none does."""
         return [tier for tier in self.tiers if tier.length] or self.tiers[:1]

@@ -26,16 +26,18 @@ class ScoreLog:
         tokens: of the prompt.
         layers: per layer float32 [H, T], larger means keep, infinite where protected, NaN where nothing was scored; None
             where the strategy never had to choose.
+        saliency: per layer float32 [H, T], by which the precision of each token was chosen; None where it was not.
     """
 
     def __init__(self, layers: int, tokens: int) -> None:
         self.tokens = tokens
         self.layers: list[Tensor | None] = [None] * layers
+        self.saliency: list[Tensor | None] = [None] * layers
         self._parts = [-1] * layers
 
     @property
     def nbytes(self) -> int:
-        return sum(rows.nbytes for rows in self.layers if rows is not None)
+        return sum(rows.nbytes for rows in (*self.layers, *self.saliency) if rows is not None)
 
     def on_scores(self, layer: int, part: int, scores: Tensor, positions: Tensor) -> None:
         """Scores and positions [1, H, n] of the entries a layer holds."""
@@ -44,6 +46,10 @@ class ScoreLog:
             rows = torch.full((scores.shape[1], self.tokens), math.nan)
             self.layers[layer], self._parts[layer] = rows, part
         rows.scatter_(1, positions[0].cpu().long(), scores[0].float().cpu())
+
+    def on_saliency(self, layer: int, saliency: Tensor) -> None:
+        """Saliency [1, H, T] by position."""
+        self.saliency[layer] = saliency[0, :, : self.tokens].float().cpu()
 
 
 @dataclass(frozen=True)

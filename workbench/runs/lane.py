@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.cache.cache import Memory
+    from workbench.inspection.numbers import HeldNumbers
     from workbench.inspection.scores import ScoreLog
     from workbench.inspection.why import Why
     from workbench.models.load import Model
@@ -97,6 +98,7 @@ class Lane:
     kept_positions: list[list[list[int]]] = field(default_factory=list)  # after the prompt
     packed: list[list[int]] = field(default_factory=list)  # per layer and head: first kept entries held as codes
     drift: dict[str, list[list[float]]] | None = None
+    decode_paths: list[str] = field(default_factory=list)  # how decoding read codes: fused, dequantize, rebuild
     prefill_seconds: float = 0.0
     prefill_reused: bool = False
     tokens_by_layer: list[int] = field(default_factory=list)  # of the prompt: fewer where a strategy left some behind
@@ -192,6 +194,20 @@ class Comparison:
         from workbench.runs.replay import finish, scored
 
         return finish(scored(self.model, self.prompt, self.lanes[lane].resolved, self.chunk))[0]
+
+    def numbers(self, lane: int) -> HeldNumbers:
+        """The keys and values a lane holds against the reference's, and the bits they take: the prompt is compressed once more.
+
+        Raises:
+            WorkbenchError: the reference did not finish.
+        """
+        from workbench.runs.replay import finish, numbers
+
+        if self._trace is None:
+            raise WorkbenchError(
+                "The reference lane did not finish, so there is nothing to compare with; run it again."
+            )
+        return finish(numbers(self.model, self._trace.cache, self.prompt, self.lanes[lane].resolved, self.chunk))
 
     def retained(self, lane: int, answer: int = 0) -> Tensor:
         """What share of the reference's attention, at each of its steps, fell on entries the lane held then.

@@ -80,6 +80,7 @@ class LaneRun:
             # Every question starts from the compressed context; the last one may use the cache itself.
             own = cache if index == len(questions) - 1 else cache.clone()
             yield from self._answer(index, question, own, logits)
+        lane.decode_paths = sorted(set().union(*(layer.store.paths for layer in cache.layers)))
         memory = cache.memory()
         lane.memory.final_bytes, lane.memory.peak_bytes = memory.used_bytes, memory.peak_bytes
         yield CacheState(self.number, "end", memory, lane.kept_positions, packed_counts(cache))

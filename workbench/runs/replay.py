@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.cache.cache import WorkbenchCache
+from workbench.inspection.numbers import HeldNumbers, compare_numbers
 from workbench.inspection.overlap import held_masks
 from workbench.inspection.retained import RetainedMass
 from workbench.inspection.scores import ScoreLog
@@ -70,6 +71,39 @@ def scored(
     yield from read(model, cache, prompt, chunk, control or Control())
     cache.score_probe = None
     return log, cache
+
+
+def numbers(
+    model: Model,
+    reference: WorkbenchCache,
+    prompt: list[int],
+    recipe: str,
+    chunk: int = 2048,
+    control: Control | None = None,
+    snapshot: Snapshot | None = None,
+) -> Generator[int, None, HeldNumbers]:
+    """Compress a prompt under a recipe and compare every number it holds with the reference's.
+
+    Args:
+        reference: the reference lane's cache right after the same prompt.
+        snapshot: of this prompt; where it serves the recipe, nothing is read again.
+
+    Yields:
+        Tokens read so far.
+
+    Raises:
+        Cancelled: ``control`` was cancelled.
+    """
+    control = control or Control()
+    log, cache = yield from scored(model, prompt, recipe, chunk, control, snapshot)
+    layers = []
+    for ours, theirs in zip(cache.layers, reference.layers, strict=True):
+        if control.cancelled:
+            raise Cancelled
+        with torch.inference_mode():
+            layers.append(compare_numbers(theirs.store, ours.store, len(prompt)))
+        yield len(prompt)
+    return HeldNumbers(layers, log.saliency)
 
 
 def retained(

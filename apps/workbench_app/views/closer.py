@@ -22,6 +22,9 @@ LOOKS = {
     "Overlap": ("overlap", "Overlap"),
     "Retained attention": ("retained", "Retained"),
     "Tokens processed": ("given", "TokensProcessed"),
+    "Bytes by kind": ("kinds", "BytesByKind"),
+    "Quantization error": ("errors", "QuantizationError"),
+    "Packed or residual": ("precision", "Precision"),
 }
 CLOSED = "None"
 # The group's buttons stand apart, so that they may wrap on a narrow screen.

@@ -76,6 +76,7 @@ class MiKV(Quantization):
 
     def after_prefill(self, view: LayerView) -> None:
         if not self.exact:
+            view.note_saliency(view.state["received"])
             view.recode(self.codec(view))
             view.state.clear()
 

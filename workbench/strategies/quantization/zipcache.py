@@ -77,7 +77,9 @@ class ZipCache(Quantization):
         received = view.state.pop("received")
         voted = view.state.pop("voted")
         asked = voted if self.divisor == "probes" else torch.arange(view.prompt_length, device=voted.device)
-        view.recode(self.codec(view, normalised(received, asked, view.window)))
+        saliency = normalised(received, asked, view.window)
+        view.note_saliency(saliency)
+        view.recode(self.codec(view, saliency))
 
     def codec(self, view: LayerView | None = None, scores: Tensor | None = None) -> MixedCodec:
         return MixedCodec(self.bits, self.low_bits, self.unimportant, scores)
