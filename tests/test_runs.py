@@ -17,6 +17,7 @@ from workbench.runs.events import CacheState, LaneDone, PrefillProgress, Probe, 
 from workbench.runs.lane import Answer, Lane
 from workbench.runs.lane_run import LaneRun
 from workbench.runs.reference import ReferenceAnswer
+from workbench.runs.steer import RecentQueries, Steering
 from workbench.strategies.base import Strategy
 from workbench.strategies.eviction.base import Eviction
 from workbench.strategies.recipe import Recipe
@@ -105,7 +106,8 @@ def test_kl_is_teacher_forced_on_the_references_tokens() -> None:
     ],
 )
 def test_first_divergence(ours: list[int], theirs: list[int], first: int | None) -> None:
-    decoder = Decoder(1, build(), cache_for(build()), Sampling(), wb.Control(), Answer(tokens=ours))
+    steering = Steering(0, RecentQueries(()))
+    decoder = Decoder(1, build(), cache_for(build()), Sampling(), wb.Control(), Answer(tokens=ours), steering)
     decoder._reference = ReferenceAnswer(tokens=theirs)
     decoder._first_divergence()
     assert decoder.answer.first_divergence == first

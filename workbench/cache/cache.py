@@ -198,7 +198,8 @@ class WorkbenchCache(Cache):
 
     def clone(self, recipe: Recipe | None = None) -> WorkbenchCache:
         """Fork: the twin shares all storage held now. A new recipe applies from the next step on."""
-        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length, (), self.artifacts, self.tap)
+        tap = self.tap if self.tap is not None and self.tap.live else None
+        twin = WorkbenchCache(recipe or self.recipe, self.geometry, self.prompt_length, (), self.artifacts, tap)
         twin.layers = [layer.clone(twin) for layer in self.layers]
         for below, layer in pairwise(twin.layers):
             layer.store.rest_on(below.store)

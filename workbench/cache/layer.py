@@ -194,6 +194,18 @@ class LayerView:
             mask = causal_mask(q, self.positions())
         return attention_sums(q.q, self.keys(), q.scale, causal=causal, mask=mask, softcap=q.softcap, sinks=q.sinks)
 
+    def protected(self) -> Tensor | None:
+        """Entries that a person protected by hand: bool [B, H, n]; None if there are none."""
+        by_head = self._owner.protected
+        if not by_head:
+            return None
+        at = self.positions()
+        mask = torch.zeros_like(at, dtype=torch.bool)
+        for head, positions in by_head.items():
+            meant = torch.tensor(sorted(positions), dtype=at.dtype, device=at.device)
+            mask[:, head] = torch.isin(at[:, head], meant)
+        return mask
+
     def note_scores(self, scores: Tensor) -> None:
         """Tell whoever inspects the run by what the entries held now are about to be chosen: [B, H, n], larger means keep.
 
@@ -274,6 +286,7 @@ class WorkbenchLayer(CacheLayerMixin):
         self.inputs: Tensor | None = None  # of the attention module, for the chunk under way, if a strategy asks for it
         self.recent: Query | None = None  # the last queries, while the prompt is read and if a strategy votes with them
         self.states: list[dict[str, Tensor]] = [{} for _ in cache.recipe.parts]
+        self.protected: dict[int, frozenset[int]] = {}  # per KV head: positions that no strategy may drop
         self._waiting = False
 
     # --- transformers' side -------------------------------------------------------------------------------------
@@ -408,6 +421,16 @@ class WorkbenchLayer(CacheLayerMixin):
         self.store.keep(index, keys)
         self.cache.note_bytes(self)
 
+    def protect(self, positions: Sequence[int], kv_heads: Sequence[int] | None) -> None:
+        """No strategy may drop these positions from now on, in these KV heads (None: all)."""
+        for head in range(self.store.heads) if kv_heads is None else kv_heads:
+            self.protected[head] = self.protected.get(head, frozenset()) | frozenset(positions)
+
+    def unprotect(self, positions: Sequence[int], kv_heads: Sequence[int] | None) -> None:
+        """Strategies may drop these positions again."""
+        for head in list(self.protected) if kv_heads is None else kv_heads:
+            self.protected[head] = self.protected.get(head, frozenset()) - frozenset(positions)
+
     def nbytes(self) -> dict[str, int]:
         """Bytes in use by kind, the strategies' own state included."""
         held = self.store.nbytes() if self.is_initialized else {}
@@ -418,5 +441,6 @@ class WorkbenchLayer(CacheLayerMixin):
         twin = WorkbenchLayer(self.index, cache, self.sliding_window)
         twin.store, twin.seen, twin.is_initialized = self.store.clone(), self.seen, self.is_initialized
         twin.module, twin.recent, twin.prompt_tokens = self.module, self.recent, self.prompt_tokens
+        twin.protected = dict(self.protected)
         twin.states = [dict(state) for state in self.states]  # strategies replace tensors, never write into them
         return twin

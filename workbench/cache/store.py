@@ -25,6 +25,13 @@ def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     return torch.sigmoid(lse - sinks.float().view(1, -1, 1))
 
 
+def _dense(segment: Segment) -> bool:
+    """Whether every entry is held in the model's own precision, on its own."""
+    if isinstance(segment, RaggedSegment):
+        return all(map(_dense, segment.rows))
+    return type(segment) is DenseSegment
+
+
 class Codec(Protocol):
     """How entries are held: makes the segment that takes over a run of entries."""
 
@@ -205,6 +212,20 @@ class Store:
         """Hold the entries, and those still to come, by ``codec``."""
         self.codec = codec
         self.segments = [self._recoded(segment, codec) for segment in self.segments]
+
+    def decode(self) -> None:
+        """Hold everything in the model's own precision from now on; what is held so already stays as it is."""
+        self.codec = None
+        if all(_dense(segment) for segment in self.segments):
+            return
+        rows = self._every_row()
+        if len({len(at) for *_, at in rows}) == 1:
+            k, v, at = (torch.stack(side).unflatten(0, (self.batch, self.heads)) for side in zip(*rows, strict=True))
+            self.segments = [DenseSegment.of(k, v, at)]
+        else:
+            parts = [DenseSegment.of(*(side[None, None] for side in row)) for row in rows]
+            self.segments = [RaggedSegment(parts, self.heads)]
+        self._changed = True
 
     def _recoded(self, segment: Segment, codec: Codec) -> Segment:
         if isinstance(segment, RaggedSegment):

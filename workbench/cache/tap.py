@@ -32,6 +32,11 @@ class InputTap:
     def add(self, cache: WorkbenchCache) -> None:
         self._caches.add(cache)
 
+    @property
+    def live(self) -> bool:
+        """Whether its hooks are in the model."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Leave the model as it was; harmless when called again."""
         for handle in self._handles:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from workbench.errors import PromptError, RecipeError
 from workbench.models.load import Model
-from workbench.runs.control import Control, device_queue
+from workbench.runs.control import Control, Place, device_queue
 from workbench.runs.decode import Sampling
-from workbench.runs.events import AnyEvent, LaneDone, Queued
+from workbench.runs.events import AnyEvent, LaneDone, Paused, Queued
 from workbench.runs.lane import Answer, Comparison, Lane
 from workbench.runs.lane_run import LaneRun, Settings
 from workbench.runs.prompt import Snapshot
 from workbench.runs.reference import ReferenceRun
+from workbench.runs.steer import Script
 from workbench.strategies.recipe import Recipe
 
 PROBES = ("drift", "attention")
@@ -42,6 +43,7 @@ class Run:
         reference: int = 0,
         control: Control | None = None,
         reuse_prompt: bool = False,
+        rewindable: bool = False,
         snapshot: Snapshot | None = None,
         trace: ReferenceRun | None = None,
     ) -> None:
@@ -63,7 +65,9 @@ class Run:
         for recipe in self.recipes:
             recipe.check(model.geometry, model.artifacts)
         sampling = Sampling(max_new_tokens, temperature, seed)
-        self.settings = Settings(sampling, chunk, first_token, tuple(probes), reuse_prompt)
+        self.settings = Settings(sampling, chunk, first_token, tuple(probes), reuse_prompt, rewindable)
+        self.scripts: dict[int, Script] = {}  # by lane: what it does again
+        self.starts: dict[int, Snapshot] = {}  # by lane: right after its prompt, where that is held
         self.lanes = [
             Lane(r.text, r.resolved, [Answer(text) for text in texts] or [Answer()], first_token=first_token)
             for r in self.recipes
@@ -80,11 +84,21 @@ class Run:
             queue = device_queue(self.model.device)
             if queue.ahead():
                 yield Queued(number, queue.ahead())
-            with queue.turn(self.control) as granted:
-                if granted:
-                    yield from LaneRun(self, number).events()
-                else:
+            place = Place(queue, self.control)
+            try:
+                if not place.enter():
                     yield self._cancelled(number)
+                    continue
+                for event in LaneRun(self, number).events():
+                    if isinstance(event, Paused):
+                        place.leave()
+                        yield event
+                        self.control.wait()
+                        place.enter()
+                    else:
+                        yield event
+            finally:
+                place.leave()
 
     def relate(self, lane: Lane) -> None:
         """Set a lane's bytes against the reference's."""
@@ -98,7 +112,7 @@ class Run:
         return LaneDone(number, self.lanes[number])
 
     def comparison(self) -> Comparison:
-        return Comparison(self.model, self.prompt, self.lanes, self.reference, self.trace, self.settings.chunk)
+        return Comparison(self)
 
 
 def stream(
@@ -127,7 +141,8 @@ def compare(
             (0), ``temperature`` (0, greedy), ``chunk`` (2048 tokens per prefill step), ``first_token`` ("replayed":
             the last prompt token is asked again against the compressed cache; "prefill": from the uncompressed
             prefill), ``probes`` ("drift", "attention"), ``reference`` (lane 0), ``control``, ``reuse_prompt`` (read
-            the prompt once and fork every lane from it that can).
+            the prompt once and start every lane from it that can), ``rewindable`` (hold every lane's cache as it is
+            after the prompt, so that it is rewound and forked at once; otherwise it reads the prompt again for that).
 
     Returns:
         A :class:`Comparison`; ``cmp[1].text``, ``cmp[1].memory``, ``cmp[1].kl`` …

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from workbench.cache.cache import WorkbenchCache
 from workbench.errors import WorkbenchError
-from workbench.runs.events import Token
+from workbench.runs.events import Edited, Paused, Refused, Token
 from workbench.runs.lane import Answer
 from workbench.runs.prompt import forward
 from workbench.runs.reference import QueryRecorder, ReferenceAnswer
+from workbench.runs.steer import FIXED, Edit, RecentQueries, Steering, apply_edit
 
 if TYPE_CHECKING:
     from workbench.models.load import Model
     from workbench.runs.control import Control
+    from workbench.runs.events import AnyEvent
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,28 @@ class Decoder:
     Args:
         lane: its number, for the events.
         answer: filled while decoding.
+        steering: what editing it on the way takes.
+
+    Attributes:
+        cache: the cache now; another one after the recipe was changed.
+        edits: all that was done so far.
     """
 
     def __init__(
-        self, lane: int, model: Model, cache: WorkbenchCache, sampling: Sampling, control: Control, answer: Answer
+        self,
+        lane: int,
+        model: Model,
+        cache: WorkbenchCache,
+        sampling: Sampling,
+        control: Control,
+        answer: Answer,
+        steering: Steering,
     ) -> None:
         self.lane, self.model, self.cache = lane, model, cache
         self.sampling, self.control, self.answer = sampling, control, answer
+        self.edits: list[Edit] = []
+        self._steering, self._script = steering, steering.script
+        self._fork_recent, self._fixed = steering.recent, False
         self._reference: ReferenceAnswer | None = None
         self._fork: WorkbenchCache | None = None  # the lane's cache where it left the reference's tokens
         self._agreed = 0
@@ -83,8 +100,8 @@ class Decoder:
         reference: ReferenceAnswer | None,
         record: ReferenceAnswer | None,
         recorder: QueryRecorder | None,
-    ) -> Iterator[Token]:
-        """Generate until the end token, the length, or a cancel; yields every token.
+    ) -> Generator[AnyEvent, None, None]:
+        """Generate until the end token, the length, or a cancel; yields every token, and what was done by hand.
 
         Args:
             logits: distribution of the first token [vocabulary].
@@ -96,11 +113,24 @@ class Decoder:
         room = model.geometry.max_positions - self.cache.get_seq_length()
         began = time.perf_counter()
         answer.stopped = "length"
-        for index in range(max(0, min(self.sampling.max_new_tokens, room))):
+        most, script = max(0, min(self.sampling.max_new_tokens, room)), self._script.tokens
+        self._fixed = record is not None
+        for index in range(most):
+            fed = answer.tokens[-1] if answer.tokens else self._steering.asked
+            for edit in self._script.edits:
+                if edit.token == index:
+                    logits = self._edit(edit, fed)
+                    yield Edited(self.lane, edit)
+            if index == self._script.stop:
+                answer.stopped = "rewound"
+                break
+            logits = yield from self._live(index, fed, logits)
             if self.control.cancelled:
                 answer.stopped = "cancelled"
                 break
             token = self.sampling.choose(logits, generator)
+            if index < len(script):
+                token = script[index]  # drawn all the same, so that what follows is drawn as it was
             if record is not None:
                 record.tokens.append(token)
                 record.log_probs.append(logits.log_softmax(-1))
@@ -119,6 +149,39 @@ class Decoder:
         answer.text = model.decode(answer.tokens)
         self._first_divergence()
 
+    def _live(self, index: int, fed: int, logits: Tensor) -> Generator[AnyEvent, None, Tensor]:
+        """Wait while the run is held, and do what is asked for meanwhile; hands on the logits of token ``index``."""
+        while True:
+            for asked in self.control.take_edits():
+                edit = replace(asked, token=index)
+                try:
+                    if self._fixed:
+                        raise WorkbenchError(FIXED)
+                    logits = self._edit(edit, fed)
+                except WorkbenchError as error:
+                    yield Refused(self.lane, str(error))
+                else:
+                    yield Edited(self.lane, edit)
+            if not self.control.holds(index):
+                return logits
+            yield Paused(self.lane, index)
+
+    def _edit(self, edit: Edit, fed: int) -> Tensor:
+        """Do it, and ask the last token again: its answer must come from what is held now."""
+        self.cache = self._edited(edit, self.cache, self._steering.recent)
+        self.edits.append(edit)
+        return self._again(self.cache, fed)
+
+    def _edited(self, edit: Edit, cache: WorkbenchCache, recent: RecentQueries, strict: bool = True) -> WorkbenchCache:
+        changed = apply_edit(edit, cache, self._steering.source, recent.take(), strict)
+        if changed is not cache:
+            changed.probes, cache.probes = cache.probes, []
+        return changed
+
+    def _again(self, cache: WorkbenchCache, fed: int) -> Tensor:
+        with cache.replay():
+            return forward(self.model, cache, [fed], cache.get_seq_length() - 1)
+
     def _compare(self, index: int, token: int, logits: Tensor) -> None:
         """Compare the distribution of token ``index`` while the lane still follows the reference."""
         if self._reference is None or self._fork is not None or index >= len(self._reference.tokens):
@@ -126,6 +189,8 @@ class Decoder:
         self._add_kl(index, logits)
         if token != self._reference.tokens[index]:
             self._fork = self.cache.clone()  # the lane goes its own way from here; teacher forcing starts from the fork
+            self._fork_recent = self._steering.recent.copy()
+            self._fork.probes.append(self._fork_recent)
 
     def _add_kl(self, index: int, logits: Tensor) -> None:
         assert self._reference is not None
@@ -153,7 +218,7 @@ class Decoder:
     def teacher_force(self) -> None:
         """Feed the rest of the reference's tokens to the lane as it was where the two parted; completes the KL.
 
-        Stops early, keeping what was compared, when the run is cancelled.
+        Stops early, keeping what was compared, when the run is cancelled or was rewound. Edits of the lane are done to it as well.
         """
         if self._reference is None:
             count = len(self.answer.tokens)
@@ -162,8 +227,13 @@ class Decoder:
         theirs = self._reference.tokens
         cache = self._fork or self.cache
         for index in range(len(self._kl), len(theirs)):
-            if self.control.cancelled:
+            if self.control.cancelled or self.answer.stopped == "rewound":
                 break
-            self._add_kl(index, forward(self.model, cache, [theirs[index - 1]]))
+            logits = forward(self.model, cache, [theirs[index - 1]])
+            for edit in self.edits:  # what was done to the lane later is done here at the same places
+                if edit.token == index:
+                    cache = self._edited(edit, cache, self._fork_recent, strict=False)
+                    logits = self._again(cache, theirs[index - 1])
+            self._add_kl(index, logits)
         self.answer.kl = list(self._kl)
         self.answer.top1_agreement = self._agreed / len(self._kl) if self._kl else None

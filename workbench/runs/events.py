@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from workbench.cache.cache import Memory
     from workbench.runs.lane import Lane
+    from workbench.runs.steer import Edit
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class PrefillProgress(Event):
 
 @dataclass(frozen=True)
 class CacheState(Event):
-    """What the cache holds right after the prompt, or after the last token."""
+    """What the cache holds right after the prompt, after something was done to it by hand, or after the last token."""
 
-    moment: Literal["prompt", "end"]
+    moment: Literal["prompt", "edit", "end"]
     memory: Memory
     kept: list[list[list[int]]]  # positions per KV head per layer
     packed: list[list[int]]  # per layer and KV head: how many of the first kept entries are held as codes
@@ -50,6 +51,27 @@ class Token(Event):
     token: int
     text: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class Paused(Event):
+    """The lane is held before its token number ``index``; the device is free for others meanwhile."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Edited(Event):
+    """``edit`` was done before token ``edit.token`` was chosen; what is held now follows as a :class:`CacheState`."""
+
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class Refused(Event):
+    """Something asked for while the lane ran cannot be done; the lane goes on as it was."""
+
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -67,4 +89,4 @@ class LaneDone(Event):
     result: Lane
 
 
-AnyEvent = Queued | PrefillProgress | CacheState | Token | Probe | LaneDone
+AnyEvent = Queued | PrefillProgress | CacheState | Token | Paused | Edited | Refused | Probe | LaneDone

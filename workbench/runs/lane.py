@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from workbench.cache.cache import Memory
     from workbench.inspection.scores import ScoreLog
     from workbench.inspection.why import Why
-    from workbench.models.load import Model
-    from workbench.runs.reference import ReferenceRun
+    from workbench.runs.compare import Run
+    from workbench.runs.prompt import Snapshot
+    from workbench.runs.steer import Action, Edit
+    from workbench.strategies.recipe import Recipe
 
 
 @dataclass
@@ -32,9 +34,10 @@ class LaneMemory:
     by_kind: dict[str, int] = field(default_factory=dict)
     by_head: list[list[int]] = field(default_factory=list)
     factor_bytes: int = 0  # matrices made of the model's weights, once per model; not in the others
+    at_token: int | None = None  # of a lane that was steered: used_bytes is what it held then, not after the prompt
 
     def take(self, memory: Memory) -> None:
-        """The state right after the prompt."""
+        """The state right after the prompt, or after an edit."""
         self.used_bytes, self.reserved_bytes = memory.used_bytes, memory.reserved_bytes
         self.by_layer, self.by_kind, self.by_head = memory.by_layer, memory.by_kind, memory.by_head
         self.final_bytes, self.peak_bytes = memory.used_bytes, memory.peak_bytes
@@ -60,7 +63,7 @@ class Answer:
     question: str | None = None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    stopped: str | None = None  # length, eos, cancelled, error
+    stopped: str | None = None  # length, eos, cancelled, error, rewound
     kl: list[float] | None = None  # nats per reference token, teacher-forced: KL(reference || lane)
     top1_agreement: float | None = None
     first_divergence: int | None = None
@@ -82,11 +85,20 @@ class Answer:
         }
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a lane was forked from: lane number ``lane``, before its token number ``token``."""
+
+    lane: int
+    token: int
+
+
 @dataclass
 class Lane:
     """Everything one lane produced.
 
-    ``tokens``, ``text``, ``kl`` … are those of the first answer; with several questions see ``answers``.
+    ``tokens``, ``text``, ``kl`` … are those of the first answer; with several questions see ``answers``. ``recipe`` is the
+    one under which the prompt was read; a lane that goes on with another has it in ``edits``.
     """
 
     recipe: str
@@ -101,6 +113,9 @@ class Lane:
     prefill_reused: bool = False
     tokens_by_layer: list[int] = field(default_factory=list)  # of the prompt: fewer where a strategy left some behind
     first_token: str = "replayed"
+    origin: Origin | None = None
+    edits: tuple[Edit, ...] = ()  # what was done by hand, in order
+    start: Snapshot | None = field(default=None, repr=False)  # right after the prompt, if the run is rewindable
 
     tokens = property(lambda self: self.answers[0].tokens)
     text = property(lambda self: self.answers[0].text)
@@ -109,6 +124,11 @@ class Lane:
     kl_mean = property(lambda self: self.answers[0].kl_mean)
     top1_agreement = property(lambda self: self.answers[0].top1_agreement)
     first_divergence = property(lambda self: self.answers[0].first_divergence)
+
+    @property
+    def steered(self) -> bool:
+        """Whether something was done to the lane by hand, its recipe changed on the way included."""
+        return bool(self.edits)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -137,6 +157,10 @@ class Lane:
             "tokens_by_layer": self.tokens_by_layer,
             "first_token": self.first_token,
         }
+        if self.origin is not None:
+            out["origin"] = {"lane": self.origin.lane, "token": self.origin.token}
+        if self.edits:
+            out["edits"] = [edit.as_dict() for edit in self.edits]
         if self.answers[0].question is not None:
             out["answers"] = [{"question": a.question, **a.as_dict()} for a in self.answers]
         return out
@@ -145,17 +169,10 @@ class Lane:
 class Comparison:
     """Lanes of one prompt, in order; the one at ``reference`` is what the others are compared with."""
 
-    def __init__(
-        self,
-        model: Model,
-        prompt: list[int],
-        lanes: list[Lane],
-        reference: int,
-        trace: ReferenceRun | None,
-        chunk: int = 2048,
-    ) -> None:
-        self.model, self.prompt, self.lanes, self.reference, self.chunk = model, prompt, lanes, reference, chunk
-        self._trace = trace
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.model, self.prompt, self.chunk = run.model, run.prompt, run.settings.chunk
+        self.lanes, self.reference, self._trace = run.lanes, run.reference, run.trace
 
     def __getitem__(self, lane: int) -> Lane:
         return self.lanes[lane]
@@ -182,6 +199,7 @@ class Comparison:
         """By what a lane's strategy chose what it kept of the prompt: the prompt is compressed once more, and listened to."""
         from workbench.runs.replay import finish, scored
 
+        self._as_run(lane)
         return finish(scored(self.model, self.prompt, self.lanes[lane].resolved, self.chunk))[0]
 
     def retained(self, lane: int, answer: int = 0) -> Tensor:
@@ -195,6 +213,7 @@ class Comparison:
         """
         from workbench.runs.replay import finish, retained
 
+        self._as_run(lane)
         if self._trace is None or answer >= len(self._trace.answers):
             raise WorkbenchError(
                 "The reference lane did not finish, so there is no attention to compare with; run it again."
@@ -203,6 +222,89 @@ class Comparison:
         ids = self.model.encode(question, continues=True) if question is not None else []
         steps = retained(self.model, self._trace, self.prompt, [self.lanes[lane]], ids, answer, self.chunk)
         return finish(steps)[0]
+
+    def _as_run(self, lane: int) -> None:
+        if self.lanes[lane].steered:
+            raise WorkbenchError(
+                f"Lane {lane} was changed by hand on the way, and this measures lanes that ran by their recipe alone; ask it "
+                "of the lane it was forked from."
+            )
+
+    # -- steering: see workbench.runs.live -------------------------------------------------------------------------
+
+    def fork(self, lane: int, token: int | None = None, recipe: str | Recipe | None = None, **options: Any) -> Lane:
+        """A new lane that goes on from another's token ``token``, where that had chosen so many tokens.
+
+        With the same recipe it repeats the lane to the last bit. Another recipe acts at that token on what the lane holds
+        then: what was dropped or rounded off before does not come back (see :meth:`restore`).
+
+        Args:
+            lane: number of the lane to fork; one that failed cannot be.
+            token: 0, right after the prompt (and question), to the number of the lane's tokens; by default there.
+            recipe: to go on with; by default the lane's own.
+            options: ``answer`` (0, which of several questions), ``max_new_tokens`` (the run's), ``on_event``, ``control``.
+
+        Returns:
+            The new lane, which is the last of the comparison.
+
+        Raises:
+            WorkbenchError: there is no such token, or the recipe cannot go on from there; nothing has changed then.
+        """
+        from workbench.runs.live import fork
+
+        return fork(self, lane, token, recipe, **options)
+
+    def rewind(self, lane: int, token: int, **options: Any) -> Lane:
+        """Take a lane back to where it had chosen ``token`` tokens; :meth:`resume` goes on from there."""
+        from workbench.runs.live import rewind
+
+        return rewind(self, lane, token, **options)
+
+    def resume(self, lane: int, **options: Any) -> Lane:
+        """Go on from a lane's last token: one that was rewound or cancelled, or that may now take ``max_new_tokens``."""
+        from workbench.runs.live import resume
+
+        return resume(self, lane, **options)
+
+    def evict(self, lane: int, positions: int | Sequence[int], **where: Any) -> Lane:
+        """Free entries by hand and generate again from there.
+
+        Where entries are held as codes in groups, what stays of the layer is coded anew.
+
+        Args:
+            lane: its number; not the reference.
+            positions: of the tokens.
+            where: ``layer`` and ``kv_head`` (a number or several; by default all; a KV head stands for its group),
+                ``token`` (0: before the lane's token of that number), and the options of :meth:`fork`.
+
+        Returns:
+            The lane as it is now, at its number.
+
+        Raises:
+            WorkbenchError: no head holds them, or one would hold nothing at all; nothing has changed then.
+        """
+        return self._edit(lane, "evict", positions, **where)
+
+    def restore(self, lane: int, positions: int | Sequence[int], **where: Any) -> Lane:
+        """Put back exactly the entries that the reference holds of prompt tokens; arguments as for :meth:`evict`."""
+        return self._edit(lane, "restore", positions, **where)
+
+    def protect(self, lane: int, positions: int | Sequence[int], **where: Any) -> Lane:
+        """:meth:`restore` what is gone, and let no strategy drop these positions from there on."""
+        return self._edit(lane, "protect", positions, **where)
+
+    def _edit(self, lane: int, action: Action, positions: int | Sequence[int], **where: Any) -> Lane:
+        from workbench.runs.live import edit
+
+        return edit(self, lane, action, positions, **where)
+
+    def held_bytes(self) -> int:
+        """Bytes held so that lanes can be compared, rewound and forked; storage that caches share is counted once."""
+        from workbench.cache.storage import storages
+
+        caches = [lane.start.cache for lane in self.lanes if lane.start is not None]
+        caches += [kept.cache for kept in (self._trace, self._run.snapshot) if kept is not None]
+        return sum({key: size for cache in caches for key, size in storages(cache).items()}.values())
 
     def as_dict(self, kept: bool = True) -> dict[str, Any]:
         g = self.model.geometry

@@ -7,15 +7,14 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
-
 from workbench.cache.cache import WorkbenchCache
 from workbench.errors import WorkbenchError
 from workbench.inspection.drift import measure_drift
 from workbench.runs.decode import Decoder, Sampling
-from workbench.runs.events import AnyEvent, CacheState, LaneDone, PrefillProgress, Probe
-from workbench.runs.prompt import Cancelled, forward, read, take_snapshot
+from workbench.runs.events import AnyEvent, CacheState, Edited, LaneDone, PrefillProgress, Probe
+from workbench.runs.prompt import SNAPSHOT_WINDOW, Cancelled, Snapshot, forward, read, take_snapshot
 from workbench.runs.reference import QueryRecorder, ReferenceAnswer, ReferenceRun
+from workbench.runs.steer import RecentQueries, Script, Steering
 
 if TYPE_CHECKING:
     from workbench.runs.compare import Run
@@ -32,6 +31,7 @@ class Settings:
     first_token: str
     probes: tuple[str, ...]
     reuse_prompt: bool
+    rewindable: bool
 
 
 class LaneRun:
@@ -42,7 +42,7 @@ class LaneRun:
         self.model, self.settings, self.control = run.model, run.settings, run.control
         self.recipe, self.lane = run.recipes[number], run.lanes[number]
         self.is_reference = number == run.reference
-        self.cache: WorkbenchCache | None = None  # once the prompt is being read under the recipe
+        self.cache: WorkbenchCache | None = None  # the one in use, once the prompt is being read
 
     def events(self) -> Iterator[AnyEvent]:
         """Everything the lane says, its result last; an error of ours ends the lane, not the run."""
@@ -64,30 +64,39 @@ class LaneRun:
                 answer.stopped = reason
 
     def _events(self) -> Iterator[AnyEvent]:
-        lane, heads = self.lane, range(self.model.geometry.num_kv_heads)
-        cache, logits = yield from self._prompt()
-        memory = cache.memory()
+        lane = self.lane
+        start = yield from self._prompt()
+        if self.settings.rewindable:
+            lane.start = start
+        memory = start.cache.memory()
         lane.memory.take(memory)
-        lane.kept_positions = [[cache.kept(layer, head) for head in heads] for layer in range(len(cache.layers))]
-        lane.packed, lane.tokens_by_layer = packed_counts(cache), cache.tokens_by_layer
+        lane.kept_positions = kept_of(start.cache)
+        lane.packed, lane.tokens_by_layer = packed_counts(start.cache), start.cache.tokens_by_layer
         if self.is_reference:
-            self.run.trace = ReferenceRun(cache.clone(), memory.used_bytes)
+            self.run.trace = ReferenceRun(start.cache.clone(), memory.used_bytes)
         self.run.relate(lane)
         yield CacheState(self.number, "prompt", memory, lane.kept_positions, lane.packed)
 
-        questions = [ids for _, ids in self.run.questions] or [[]]
-        for index, question in enumerate(questions):
-            # Every question starts from the compressed context; the last one may use the cache itself.
-            own = cache if index == len(questions) - 1 else cache.clone()
-            yield from self._answer(index, question, own, logits)
+        for index, question in enumerate([ids for _, ids in self.run.questions] or [[]]):
+            # Every question starts from the compressed context. What it adds lies in blocks of its own, behind those
+            # that are shared, here as in a fork: so both compute the same to the last bit.
+            self.cache = start.cache.clone()
+            yield from self._answer(index, question, self.cache, start)
+        assert self.cache is not None
+        cache = self.cache
         memory = cache.memory()
         lane.memory.final_bytes, lane.memory.peak_bytes = memory.used_bytes, memory.peak_bytes
         yield CacheState(self.number, "end", memory, lane.kept_positions, packed_counts(cache))
 
-    def _prompt(self) -> Generator[AnyEvent, None, tuple[WorkbenchCache, Tensor]]:
-        """Read the prompt under the recipe, or fork from the snapshot."""
+    def _prompt(self) -> Generator[AnyEvent, None, Snapshot]:
+        """Read the prompt under the recipe, or start from a snapshot of it."""
         run, lane, chunk = self.run, self.lane, self.settings.chunk
         total = len(run.prompt)
+        known = run.starts.get(self.number)
+        if known is not None:
+            lane.prefill_reused, lane.prefill_seconds = True, known.seconds
+            yield PrefillProgress(self.number, total, total)
+            return known
         if self.settings.reuse_prompt and run.snapshot is None:
             reading = take_snapshot(self.model, run.prompt, chunk, self.control)
             run.snapshot = yield from self._reported(reading, total)
@@ -99,12 +108,15 @@ class LaneRun:
             began = time.perf_counter()
             cache = run.snapshot.fork(self.recipe)
             lane.prefill_seconds = run.snapshot.seconds + time.perf_counter() - began
-            return cache, run.snapshot.logits
+            return Snapshot(cache, run.snapshot.logits, run.snapshot.queries, lane.prefill_seconds)
         self.cache = cache = WorkbenchCache(self.recipe, self.model.geometry, total, artifacts=self.model.artifacts)
+        recorder = QueryRecorder(SNAPSHOT_WINDOW)
+        cache.probes.append(recorder)
         began = time.perf_counter()
         logits = yield from self._reported(read(self.model, cache, run.prompt, chunk, self.control), total)
         lane.prefill_seconds = time.perf_counter() - began
-        return cache, logits
+        cache.probes.clear()
+        return Snapshot(cache, logits, recorder.take(), lane.prefill_seconds)
 
     def _reported(self, reading: Generator[int, None, T], total: int) -> Generator[PrefillProgress, None, T]:
         """Turn the tokens read so far into events; hands on the reading's result."""
@@ -114,8 +126,12 @@ class LaneRun:
             except StopIteration as finished:
                 return finished.value
 
-    def _answer(self, index: int, question: list[int], cache: WorkbenchCache, logits: Tensor) -> Iterator[AnyEvent]:
+    def _answer(
+        self, index: int, question: list[int], cache: WorkbenchCache, start: Snapshot
+    ) -> Generator[AnyEvent, None, None]:
         """Generate one answer: for a question fed now, or for the prompt itself."""
+        logits, recent = start.logits, RecentQueries(start.queries)
+        cache.probes.append(recent)
         trace, probes, record = self.run.trace, self.settings.probes, None
         recorder = QueryRecorder() if self.is_reference and probes else None
         if recorder is not None:
@@ -137,13 +153,41 @@ class LaneRun:
             yield Probe(self.number, "drift", self.lane.drift)
         known = None if self.is_reference or trace is None or len(trace.answers) <= index else trace.answers[index]
         answer = self.lane.answers[index]
-        decoder = Decoder(self.number, self.model, cache, self.settings.sampling, self.control, answer)
-        yield from decoder.generate(logits, known, record, recorder)
+        script = self.run.scripts.get(self.number, Script())
+        source = trace.cache if trace is not None else None
+        steering = Steering((question or self.run.prompt)[-1], recent, source, script)
+        sampling = self.settings.sampling
+        decoder = Decoder(self.number, self.model, cache, sampling, self.control, answer, steering)
+        for event in decoder.generate(logits, known, record, recorder):
+            yield event
+            if isinstance(event, Edited):
+                self.lane.edits = (*self.lane.edits, event.edit)
+                self.cache = decoder.cache
+                yield self._after_edit(event.edit.token, decoder.cache)
+        self.cache = decoder.cache
         if recorder is not None:
             cache.probes.remove(recorder)
         if self.is_reference or known is not None:
             decoder.teacher_force()
             yield Probe(self.number, "kl", answer.kl)
+
+    def _after_edit(self, token: int, cache: WorkbenchCache) -> CacheState:
+        """What the lane holds of the prompt, and in all, once something was done to it by hand."""
+        lane, prompt = self.lane, len(self.run.prompt)
+        memory, lane.packed = cache.memory(), packed_counts(cache)
+        lane.memory.take(memory)
+        lane.memory.at_token = token
+        lane.kept_positions = [[[p for p in head if p < prompt] for head in layer] for layer in kept_of(cache)]
+        self.run.relate(lane)
+        if lane.drift is not None and self.run.trace is not None:
+            lane.drift = measure_drift(self.run.trace, cache)
+        return CacheState(self.number, "edit", memory, lane.kept_positions, lane.packed)
+
+
+def kept_of(cache: WorkbenchCache) -> list[list[list[int]]]:
+    """Positions that each KV head of each layer holds."""
+    heads = range(cache.geometry.num_kv_heads)
+    return [[cache.kept(layer, head) for head in heads] for layer in range(len(cache.layers))]
 
 
 def packed_counts(cache: WorkbenchCache) -> list[list[int]]:

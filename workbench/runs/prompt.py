@@ -122,11 +122,13 @@ def _read_by_layer(
 
 @dataclass
 class Snapshot:
-    """A prompt that was read once under the empty recipe: lanes fork from here instead of reading it again."""
+    """A prompt that was read: under the empty recipe, so that lanes start from here instead of reading it again; or by a
+    lane, right after its recipe acted, so that it can be rewound and forked. Nothing is appended to ``cache`` any more.
+    """
 
     cache: WorkbenchCache
     logits: Tensor
-    queries: list[Query]
+    queries: list[Query]  # per layer, the last SNAPSHOT_WINDOW
     seconds: float
 
     def serves(self, recipe: Recipe) -> bool:

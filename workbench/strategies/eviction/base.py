@@ -87,7 +87,7 @@ class Allocator(Declared):
         """After the prompt's last chunk attended in a layer."""
         count = self.count(method, view)
         if count < view.length:
-            scores = method.score(view)
+            scores = shielded(method.score(view), view)
             view.note_scores(scores)
             method.keep(view, method.selector_part.pick(scores, count))
 
@@ -246,7 +246,7 @@ class StepwiseEviction(Eviction):
         count = self.allocator_part.capacity(self, view)
         # With an interval the cache may grow by that many tokens before it is cut back.
         if view.length - count >= self.recompress_every:
-            self.keep(view, self.selector_part.pick(self.score(view), count))
+            self.keep(view, self.selector_part.pick(shielded(self.score(view), view), count))
 
 
 class Wrapper(Eviction):
@@ -311,6 +311,12 @@ def scorer_class(key: str, name: str) -> type[Eviction]:
         usable = [k for k, c in registry().items() if issubclass(c, Eviction) and k != key and c.scores_alone]
         raise RecipeError(f"{key} cannot score with {name}; use one of {', '.join(usable)}.")
     return cls
+
+
+def shielded(scores: Tensor, view: LayerView) -> Tensor:
+    """Scores [B, H, n] in which what a person protected by hand comes first."""
+    protected = view.protected()
+    return scores if protected is None else scores.masked_fill(protected, PROTECTED)
 
 
 def protect_last(scores: Tensor, count: int) -> Tensor:
