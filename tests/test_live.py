@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.builders import build, cache_for, feed, prompt, random_model
+from tests.builders import build, cache_for, feed, network, prompt, random_model
+from tests.test_runs import Words
 from workbench.cache.storage import storages
+from workbench.models.load import Model
 from workbench.runs.compare import Run
 from workbench.runs.control import device_queue
 from workbench.runs.events import CacheState, Edited, LaneDone, Paused, Refused, Token
@@ -69,12 +71,51 @@ def test_another_recipe_from_a_token_on_keeps_the_tokens_before_and_acts_on_what
     assert fork.as_dict()["edits"] == [{"token": 6, "action": "recipe", "recipe": "snapkv(budget=0.25, window=8)"}]
 
 
+def test_a_lane_changes_its_recipe_in_place_as_a_fork_does_beside_it() -> None:
+    cmp = compared("knorm(budget=0.5)", rewindable=True)
+    fork = cmp.fork(1, 5, "tova(budget=0.25)")
+    changed = cmp.change(1, "tova(budget=0.25)", token=5)
+    assert cmp[1] is changed and (changed.tokens, changed.kl, changed.edits) == (fork.tokens, fork.kl, fork.edits)
+    assert cmp.held_bytes() < 4 * cmp[0].memory.used_bytes
+
+
 def test_at_the_prompt_another_recipe_is_that_recipe() -> None:
     recipe = "knorm(budget=0.25)"
     cmp = compared("full", recipe, reuse_prompt=True)
     fork = cmp.fork(1, 0, recipe)
     assert fork.kept_positions == cmp[2].kept_positions
     assert fork.tokens == cmp[2].tokens and fork.kl == pytest.approx(cmp[2].kl, abs=1e-5)
+
+
+def test_what_is_done_at_token_0_is_done_before_the_question_is_fed() -> None:
+    model, recipe = Model("test/spoken", network("llama", "workbench"), Words()), "knorm(budget=0.25)"
+    questions = ["w20", "w7 w8 w9"]
+    cmp = wb.compare(
+        model, prompt(60), ["full", "full", recipe], question=questions, max_new_tokens=6, reuse_prompt=True
+    )
+    for answer, text in enumerate(questions):
+        fork = cmp.fork(1, 0, recipe, answer=answer)
+        theirs = cmp[2].answers[answer]
+        assert fork.kept_positions == cmp[2].kept_positions and fork.memory.at_token is None
+        assert fork.answers[0].question == text and fork.tokens == theirs.tokens
+        assert fork.kl == pytest.approx(theirs.kl, abs=1e-5)
+
+
+def test_once_the_question_is_read_the_prompt_is_not_edited_before_the_first_token() -> None:
+    model, seen = Model("test/spoken", network("llama", "workbench"), Words()), []
+    for held in (True, False):
+        control = wb.Control()
+        run = Run(model, prompt(60), ["full", "full"], question="w7 w8", max_new_tokens=4, control=control)
+        list(run.events(only=[0]))
+        control.edit(Edit(-1, "evict", "", (3,)))
+        if held:
+            control.pause(at=0)
+        for event in run.events(only=[1]):
+            seen.append(event)
+            if isinstance(event, Refused):
+                control.resume()
+        assert [type(e) for e in seen if isinstance(e, Refused | Edited)] == [Refused, Edited][: 1 if held else 2]
+    assert run.lanes[1].edits[0].token == 1
 
 
 def test_what_a_recipe_lost_does_not_come_back_with_another() -> None:
@@ -121,7 +162,7 @@ def test_evicting_by_hand_frees_the_entry_in_the_heads_that_are_meant() -> None:
     lane = cmp.evict(1, token, layer=1, kv_head=0)
     assert lane.kept(1, 0) == [p for p in before[1][0] if p != token]
     assert lane.kept(1, 1) == before[1][1] and lane.kept_positions[::2] == before[::2]
-    assert lane.memory.used_bytes == used - entry and lane.memory.at_token == 0
+    assert lane.memory.used_bytes == used - entry and lane.memory.at_token is None
     lane = cmp.protect(1, token, layer=1, kv_head=0)
     assert token in lane.kept(1, 0) and lane.memory.used_bytes == used
     assert [e.action for e in lane.edits] == ["evict", "protect"]

@@ -106,7 +106,7 @@ def test_kl_is_teacher_forced_on_the_references_tokens() -> None:
     ],
 )
 def test_first_divergence(ours: list[int], theirs: list[int], first: int | None) -> None:
-    steering = Steering(0, RecentQueries(()))
+    steering = Steering(0, False, RecentQueries(()))
     decoder = Decoder(1, build(), cache_for(build()), Sampling(), wb.Control(), Answer(tokens=ours), steering)
     decoder._reference = ReferenceAnswer(tokens=theirs)
     decoder._first_divergence()

@@ -44,7 +44,7 @@ class Findings:
     def scores(self, lane: LaneState) -> ScoreLog | None:
         """By what a lane chose the tokens it kept; None until it was measured."""
         session = self._session
-        if lane.result is None or session.model is None:
+        if lane.result is None or lane.result.steered or session.model is None:
             return None
         key = self._key("scores", lane)
         if self._wanted(key):
@@ -55,7 +55,7 @@ class Findings:
     def retained(self, lanes: Sequence[LaneState]) -> list[Any]:
         """Per lane a tensor [steps, layers, query heads], or None until it was measured."""
         session, reference = self._session, self._session.reference
-        keys = [self._key("retained", lane) if lane.result is not None else None for lane in lanes]
+        keys = [self._key("retained", lane) if _by_itself(lane) else None for lane in lanes]
         missing = [n for n, key in enumerate(keys) if key is not None and self._wanted(key)]
         trace = session.reference_trace()
         if missing and trace is not None and trace.answers and session.model is not None and reference is not None:
@@ -80,6 +80,8 @@ class Findings:
         session = self._session
         if lane.result is None or session.busy:
             return "This is measured when the lanes have run."
+        if lane.result.steered:
+            return "This measures lanes that ran by their recipe alone; this one was changed by hand."
         key = self._key(kind, lane)
         if key in self._trouble:
             return self._trouble[key]
@@ -189,6 +191,11 @@ class Findings:
             snapshot = self._session.work.snapshot(ask)
             steps = retained(model, trace, prompt, results, question, control=control, snapshot=snapshot)
             return (yield from _told(steps, f"Feeding the reference's answer again: step {{:,}} of {total:,}"))
+
+
+def _by_itself(lane: LaneState) -> bool:
+    """Whether a lane is finished, and followed its recipe alone."""
+    return lane.result is not None and not lane.result.steered
 
 
 def _told(steps: Generator[int, None, Any], sentence: str) -> Generator[str, None, Any]:

@@ -13,6 +13,7 @@ import panel_material_ui as pmui
 from workbench.inspection.why import reference_attention
 from workbench_app import formats
 from workbench_app.ask import LaneState
+from workbench_app.by_hand import ByHand
 from workbench_app.looks import BAR, HEADS, TEXT
 from workbench_app.selection import head_on_show, lane_on_show
 from workbench_app.session import Session
@@ -111,7 +112,9 @@ class Heads(pn.viewable.Viewer):
             margin=(8, 0, 4, 0),
         )
         left = pn.Column(self.matrix, self._explains, sizing_mode="stretch_width", margin=0)
-        views = pn.Column(left, self.strip, stylesheets=[HEADS], sizing_mode="stretch_width", margin=0)
+        self.by_hand = ByHand(session, state)
+        right = pn.Column(self.strip, self.by_hand, sizing_mode="stretch_width", margin=0)
+        views = pn.Column(left, right, stylesheets=[HEADS], sizing_mode="stretch_width", margin=0)
         self._view = pn.Column(bar, views, self._tables, sizing_mode="stretch_width", margin=0)
         self.lane_picker.param.watch(self._lane_chosen, "value")
         self.metric.param.watch(lambda event: self.state.param.update(metric=event.new), "value")
@@ -158,6 +161,7 @@ class Heads(pn.viewable.Viewer):
         )  # fmt: skip
         if self.state.key is not None and self.strip.picked != self.state.key:
             self.strip.picked = self.state.key
+        self.by_hand.refresh()
         if state == self._drawn:
             return
         self._drawn = state

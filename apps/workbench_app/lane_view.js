@@ -29,6 +29,7 @@ function render({ model, el }) {
   const title = make("h3", "title", head);
   const actions = make("div", "actions", head);
   const recipe = make("code", "recipe", root);
+  const marks = make("ul", "marks", root);
   const state = make("div", "state", root);
   const dot = make("span", "dot", state);
   const said = make("span", "said", state);
@@ -36,6 +37,7 @@ function render({ model, el }) {
   const bar = make("div", "bar", rail);
   const trouble = make("div", "trouble", root);
   const output = make("div", "output", root);
+  const steering = make("div", "steering", root);
   const facts = make("div", "facts", root);
   const meter = make("div", "meter", root);
   set(dot, "aria-hidden", "true");
@@ -74,6 +76,9 @@ function render({ model, el }) {
     const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 8, ArrowUp: -8, Home: -1e6, End: 1e6 }[event.key];
     if (step) point(cursor < 0 ? 0 : cursor + step);
     else if (event.key === "Enter" && cursor >= 0) choose({ token: cursor });
+    else if (event.key.toLowerCase() === "f" && cursor >= 0 && !(event.ctrlKey || event.metaKey || event.altKey)) {
+      choose({ action: "fork", token: cursor });
+    }
     else return;
     event.preventDefault();
   });
@@ -104,6 +109,27 @@ function render({ model, el }) {
     output.classList.toggle("empty", !tokens.length);
     output.dataset.hint = shown.hint;
     set(output, "aria-label", `Output of ${shown.name}: ${shown.text || "nothing yet"}`);
+  };
+
+  // Buttons keep their node, and so the keyboard's focus, as long as they are offered.
+  const paintSteering = (shown) => {
+    const now = new Map([...steering.children].map((button) => [button.dataset.action, button]));
+    const focused = [...now.values()].some((button) => button.matches(":focus"));
+    const wanted = shown.steering.map(({ action, label, words }) => {
+      const button = now.get(action) ?? make("button", "steer");
+      if (!button.dataset.action) {
+        button.type = "button";
+        button.dataset.action = action;
+        button.addEventListener("click", () => choose({ action }));
+      }
+      if (button.textContent !== label) button.textContent = label;
+      button.title = words;
+      set(button, "aria-label", `${label}: ${shown.name}`);
+      return button;
+    });
+    for (const [action, button] of now) if (!wanted.includes(button)) button.remove();
+    wanted.forEach((button, i) => { if (steering.children[i] !== button) steering.insertBefore(button, steering.children[i] ?? null); });
+    if (focused && ![...steering.children].some((button) => button.matches(":focus"))) (wanted[0] ?? output).focus();
   };
 
   const paintMeter = (shown) => {
@@ -173,6 +199,8 @@ function render({ model, el }) {
     trouble.hidden = !shown.error;
     trouble.textContent = shown.error ?? "";
     if (fresh("tokens", [shown.tokens, shown.picked, shown.stale, shown.hint, shown.name])) paintTokens(shown);
+    if (fresh("steering", [shown.steering, shown.name])) paintSteering(shown);
+    if (fresh("marks", shown.marks)) marks.replaceChildren(...shown.marks.map((text) => make("li", "", null, text)));
     if (fresh("meter", shown.meter)) paintMeter(shown);
     if (fresh("facts", shown.facts)) facts.replaceChildren(...shown.facts.map((text) => make("span", "", null, text)));
     root.dataset.tokens = shown.stale ? 0 : shown.tokens.length;

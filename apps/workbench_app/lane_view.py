@@ -35,6 +35,8 @@ def said(lane: LaneState) -> str:
         return f"reading the prompt: {lane.done:,} of {lane.total:,} tokens"
     if lane.status == "generating":
         return f"generating: {tokens}"
+    if lane.status == "paused":
+        return f"paused before token {len(lane.tokens)}"
     if lane.status == "cancelled":
         if lane.stale and lane.tokens:
             return "cancelled; below is the output before"
@@ -63,6 +65,7 @@ def tokens_data(lane: LaneState, reference: LaneState, is_reference: bool) -> li
     first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if lane.result is not None:
         first = lane.result.first_divergence
+    edited = {edit.token for edit in lane.edits}
     rows: list[list[Any]] = []
     for i, text in enumerate(lane.texts):
         # KL of token i is over the reference's tokens before it: the lane's own tokens only as long as they agree.
@@ -75,6 +78,9 @@ def tokens_data(lane: LaneState, reference: LaneState, is_reference: bool) -> li
             words += f", first difference: the reference has “{instead}”"
         elif i in other:
             words += ", differs from the reference"
+        if i in edited:
+            marks.append("edit")
+            words += ", chosen after a change by hand"
         if kl is not None:
             words += f", KL {formats.nats(kl)} nats"
         if text in formats.ENDS:
@@ -102,7 +108,8 @@ def meter_data(lane: LaneState, reference: LaneState, full_scale: float, prompt_
     ]
     marks = [{"kind": "ghost", "words": f"reference {text(base)}"}] if base else []
     nominal = None
-    if lane is not reference:
+    when = "after the prompt" if memory.at_token is None else f"at token {memory.at_token}"
+    if lane is not reference and memory.at_token is None:
         try:
             nominal = recipes.nominal_share(Recipe.parse(lane.recipe), prompt_tokens)
         except WorkbenchError:
@@ -112,9 +119,9 @@ def meter_data(lane: LaneState, reference: LaneState, full_scale: float, prompt_
     marks.append({"kind": "peak", "words": f"peak {text(memory.peak_bytes)}"})
     used = text(memory.used_bytes)
     if lane is reference:
-        of = "held after the prompt"
+        of = f"held {when}"
     else:
-        of = f"of {text(base)}, held after the prompt" if base else "held after the prompt"
+        of = f"of {text(base)}, held {when}" if base else f"held {when}"
     ratio = f"{formats.percent(memory.used_bytes / base)}" if base else ""
     return {
         "used": used if lane is reference or not base else f"{ratio} · {used}",
@@ -159,6 +166,24 @@ def facts(lane: LaneState, is_reference: bool, example: Example | None = None) -
     return out
 
 
+def steering(session: Session, lane: LaneState, picked: int | None) -> list[dict[str, str]]:
+    """The buttons under the output: what can be done to the lane now."""
+    out = []
+    if lane.status == "generating":
+        out.append({"action": "pause", "label": "Pause", "words": "Hold the lane before its next token"})
+    if lane.status == "paused":
+        out.append({"action": "step", "label": "Step", "words": "Let one more token come"})
+        out.append({"action": "continue", "label": "Continue", "words": "Let the lane run to its end"})
+    still = lane.status in ("done", "paused", "cancelled") and not lane.stale
+    if still and picked is not None and picked < len(lane.tokens):
+        if lane is not session.reference:
+            words = f"Take the lane back to before token {picked}, and hold it there"
+            out.append({"action": "rewind", "label": f"Rewind to {picked}", "words": words})
+        words = f"A new lane that shares what is held before token {picked} and goes on from there"
+        out.append({"action": "fork", "label": f"Fork from {picked}", "words": words})
+    return out
+
+
 def lane_data(session: Session, lane: LaneState, picked: int | None) -> dict[str, Any]:
     """Everything `lane_view.js` draws."""
     place, reference = session.place(lane.key), session.lanes[0]
@@ -180,8 +205,10 @@ def lane_data(session: Session, lane: LaneState, picked: int | None) -> dict[str
         "letter": look.letter,
         "colour": look.colour,
         "dash": look.dash,
-        "title": recipes.title(lane.recipe),
+        "title": recipes.title(lane.recipe_now),
         "recipe": lane.recipe if lane.recipe != "full" else "full · every token, as computed",
+        "marks": session.live.words(lane),
+        "steering": steering(session, lane, picked),
         "status": lane.status,
         "said": said(lane),
         "progress": lane.done / lane.total if reading else None,
@@ -209,6 +236,7 @@ class LaneCard(pn.viewable.Viewer):
     def __init__(self, session: Session, key: int, pick: Callable[[int, int], None]) -> None:
         super().__init__()
         self._session, self.key, self._pick = session, key, pick
+        self._picked: int | None = None
         self.view = LaneView(sizing_mode="stretch_width", margin=0)
         self.view.param.watch(self._chosen, "chosen")
         self.form = RecipeForm(lambda text: session.set_recipe(key, text), self._name)
@@ -225,12 +253,19 @@ class LaneCard(pn.viewable.Viewer):
         if lane is None:
             return
         self.view.shown = lane_data(self._session, lane, picked)
-        self.form.show(lane.recipe, len(self._session.texts))
+        self._picked = picked
+        self.form.show(lane.recipe_now, len(self._session.texts))
 
     def _chosen(self, event: Any) -> None:
         action, token = event.new.get("action"), event.new.get("token")
         session = self._session
-        if action == "duplicate":
+        hold = {"pause": session.live.pause, "step": session.live.step, "continue": session.live.go_on}
+        at = self._picked if token is None else int(token)
+        if action in hold:
+            hold[action](self.key)
+        elif action in ("rewind", "fork") and at is not None:
+            (session.live.rewind if action == "rewind" else session.live.fork)(self.key, at)
+        elif action == "duplicate":
             session.duplicate(self.key)
         elif action == "remove":
             session.remove(self.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,21 @@ import workbench as wb
 from workbench.inspection.why import Why, explain
 from workbench.runs.compare import Run
 from workbench.runs.control import Control
-from workbench.runs.events import AnyEvent, CacheState, LaneDone, PrefillProgress, Probe, Queued, Token
+from workbench.runs.events import (
+    AnyEvent,
+    CacheState,
+    Edited,
+    LaneDone,
+    Paused,
+    PrefillProgress,
+    Probe,
+    Queued,
+    Refused,
+    Token,
+)
 from workbench.runs.lane import Lane, LaneMemory
 from workbench.strategies.recipe import Recipe
-from workbench_app.ask import Ask, LaneState
+from workbench_app.ask import PLAIN, Ask, Course, LaneState
 from workbench_app.runner import Urgency
 
 if TYPE_CHECKING:
@@ -56,7 +67,13 @@ class Said:
                 lane.clear_output()
                 lane.kept, lane.packed, lane.drift = event.kept, event.packed, None
                 lane.status = "generating"
+            elif event.moment == "edit":
+                lane.kept, lane.packed = event.kept, event.packed
             lane.memory = self.memory
+        elif isinstance(event, Edited):
+            lane.edits = [*lane.edits, event.edit]
+        elif isinstance(event, Paused):
+            lane.status = "paused"
         elif isinstance(event, Token):
             lane.status = "generating"
             lane.tokens.append(event.token)
@@ -112,6 +129,7 @@ class Task:
     base: Recipe  # the reference lane's
     recipe: Recipe
     is_reference: bool
+    course: Course = PLAIN
 
 
 @dataclass
@@ -119,6 +137,18 @@ class Context:
     """What lanes of one ask and one reference share."""
 
     trace: ReferenceRun | None = None
+
+
+@dataclass
+class Going:
+    """A run under way, of which a paused lane's rest still comes."""
+
+    task: Task
+    run: Run
+    control: Control
+    events: Iterator[AnyEvent]
+    context: Context
+    snapshot: Snapshot | None
 
 
 class LaneWork:
@@ -129,9 +159,13 @@ class LaneWork:
         self._contexts: OrderedDict[tuple[Ask, str], Context] = OrderedDict()
         self._snapshots: OrderedDict[tuple[str, str], Snapshot] = OrderedDict()
         self._texts: OrderedDict[tuple[str, str], list[str]] = OrderedDict()
+        self._starts: OrderedDict[tuple[str, str, str], Snapshot] = OrderedDict()  # lanes right after their prompt
+        self._held: dict[int, Going] = {}  # paused lanes, by key
 
     def forget(self) -> None:
-        for store in (self._contexts, self._snapshots, self._texts):
+        for key in list(self._held):
+            self.drop(key)
+        for store in (self._contexts, self._snapshots, self._texts, self._starts):
             store.clear()  # type: ignore[attr-defined]
 
     def texts(self, ask: Ask) -> list[str]:
@@ -145,10 +179,32 @@ class LaneWork:
         """The state after the prompt, if it is still held."""
         return self._snapshots.get((ask.model, ask.text))
 
+    def drop(self, key: int) -> None:
+        """A paused lane does not go on."""
+        going = self._held.pop(key, None)
+        if going is not None:
+            going.control.cancel()
+            going.events.close()  # type: ignore[attr-defined]
+
+    def holds(self, key: int) -> Control | None:
+        """The control of a lane that is paused."""
+        going = self._held.get(key)
+        return None if going is None else going.control
+
     def run_lane(self, task: Task, control: Control) -> None:
         """Run one lane and say what happens; an unexpected failure becomes one sentence, the log has the rest."""
+        self._guarded(task, lambda: self._go_on(self._begun(task, control)))
+
+    def go_on(self, key: int) -> None:
+        """Take up a paused lane where it was left."""
+        going = self._held.get(key)
+        if going is not None and going.control.ready:  # else somebody pressed twice, and all was done at once
+            self._held.pop(key, None)
+            self._guarded(going.task, lambda: self._go_on(going))
+
+    def _guarded(self, task: Task, work: Callable[[], None]) -> None:
         try:
-            self._run(task, control)
+            work()
         except wb.WorkbenchError as error:
             self.post(Failed(task.lane, task.run, str(error)), Urgency.NOW)
         except Exception as error:
@@ -156,49 +212,79 @@ class LaneWork:
             sentence = f"Something failed inside {_module(error)}; the server's log has the details."
             self.post(Failed(task.lane, task.run, sentence), Urgency.NOW)
 
-    def _run(self, task: Task, control: Control) -> None:
+    def _begun(self, task: Task, control: Control) -> Going:
         """Where the reference's trace was dropped since, the reference runs first, unseen."""
-        model, ask, base, recipe, is_reference = task.model, task.ask, task.base, task.recipe, task.is_reference
+        ask, base, is_reference = task.ask, task.base, task.is_reference
         context = _newest(self._contexts, (ask, base.resolved), Context, 4)
-        place = (ask.model, ask.text)
-        snapshot = self._snapshots.get(place)
-        recipes = [base] if is_reference else [base, recipe]
+        snapshot = self.snapshot(ask)
         trace = None if is_reference else context.trace
         run = Run(
-            model,
+            task.model,
             ask.text,
-            recipes,
+            [base] if is_reference else [base, task.recipe],
             **ask.options(),
             control=control,
             reuse_prompt=True,
+            rewindable=True,
             snapshot=snapshot,
             trace=trace,
         )
         own = 0 if is_reference else 1
-        only = [own] if is_reference or trace is not None else [0, 1]
-        for event in run.events(only=only):
+        run.scripts[own] = task.course.script
+        start = self._starts.get((ask.model, ask.text, task.recipe.resolved))
+        if start is not None:
+            run.starts[own] = start
+        events = run.events(only=[own] if is_reference or trace is not None else [0, 1])
+        return Going(task, run, control, events, context, snapshot)
+
+    def _go_on(self, going: Going) -> None:
+        """Say what happens until the end, or until the lane is held."""
+        task, run, ask = going.task, going.run, going.task.ask
+        own, place = len(run.lanes) - 1, (ask.model, ask.text)
+        for event in going.events:
             if event.lane != own:
                 continue
             memory = None
             if isinstance(event, CacheState):
                 memory = replace(run.lanes[own].memory)
-                if event.moment == "prompt" and run.snapshot is not None and snapshot is None:
-                    snapshot = run.snapshot
-                    self._keep_snapshot(place, snapshot)
+                if event.moment == "prompt" and task.course.held is not None:
+                    going.control.pause(at=task.course.held)  # now that it is this lane that generates
+                if event.moment == "prompt" and run.snapshot is not None and going.snapshot is None:
+                    going.snapshot = run.snapshot
+                    self._keep_snapshot(place, run.snapshot)
             if isinstance(event, LaneDone):
-                self._keep_trace(context, run)
-            said = Said(task.lane, task.run, ask, base.resolved, event, memory)
-            self.post(said, _urgency(event))
-        if not self.texts(ask):
-            self._texts[place] = model.token_text(run.prompt)
-            while len(self._texts) > 4:
-                self._texts.popitem(last=False)
-            self.post(Told("texts"), Urgency.NOW)
-        if control.cancelled or is_reference or run.lanes[own].first_divergence is None:
+                self._keep_trace(going.context, run)
+                self._keep_start(task, event.result)
+            if isinstance(event, Paused):
+                self._held[task.lane] = going  # before it is said, so that whoever hears of it can go on
+            self.post(Said(task.lane, task.run, ask, task.base.resolved, event, memory), _urgency(event))
+            if isinstance(event, Paused):
+                self._read_texts(task)
+                return
+        self._read_texts(task)
+        if going.control.cancelled or task.is_reference or run.lanes[own].first_divergence is None:
             return
         why = run.comparison().why(own)
         if why is not None:
-            self.post(Said(task.lane, task.run, ask, base.resolved, why), Urgency.NOW)
+            self.post(Said(task.lane, task.run, ask, task.base.resolved, why), Urgency.NOW)
+
+    def _read_texts(self, task: Task) -> None:
+        ask = task.ask
+        if not self.texts(ask):
+            self._texts[ask.model, ask.text] = task.model.token_text(task.model.encode(ask.text))
+            while len(self._texts) > 4:
+                self._texts.popitem(last=False)
+            self.post(Told("texts"), Urgency.NOW)
+
+    def _keep_start(self, task: Task, result: Lane) -> None:
+        """Lanes of the newest prompts start again from where their prompt was read; results themselves hold no cache."""
+        start, result.start = result.start, None
+        if start is not None:
+            place = (task.ask.model, task.ask.text, task.recipe.resolved)
+            self._starts.pop(place, None)
+            self._starts[place] = start
+            while len(self._starts) > 8 or not any(key[:2] == place[:2] for key in self._starts):
+                self._starts.popitem(last=False)
 
     def explain(self, ask: Ask, base: str, result: Lane, lane: int, number: int, token: int) -> None:
         """What the reference read for a token of a finished lane, and the lane lost."""
@@ -222,7 +308,7 @@ class LaneWork:
 
 def _urgency(event: AnyEvent) -> Urgency:
     """The first token, the end and a queue are told at once. What a first token follows closely waits for it."""
-    if isinstance(event, LaneDone | Queued) or (isinstance(event, Token) and event.index == 0):
+    if isinstance(event, LaneDone | Queued | Paused | Refused) or (isinstance(event, Token) and event.index == 0):
         return Urgency.NOW
     reused = isinstance(event, PrefillProgress) and event.done == event.total
     return Urgency.LATER if reused or (isinstance(event, CacheState) and event.moment == "prompt") else Urgency.SOON

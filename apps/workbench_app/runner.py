@@ -36,12 +36,13 @@ class Runner:
         self._closed = False
 
     def submit(self, job: Job) -> None:
-        """Do ``job`` when its turn comes; a job of that key that runs now is cancelled."""
+        """Do ``job`` when its turn comes; a job of that key that runs now is cancelled, unless they share their control."""
         with self._changed:
             if self._closed:
                 return
-            if self._current is not None and self._current.key == job.key:
-                self._current.control.cancel()
+            current = self._current
+            if current is not None and current.key == job.key and current.control is not job.control:
+                current.control.cancel()
             self._jobs.pop(job.key, None)
             self._jobs[job.key] = job
             if self._thread is None:

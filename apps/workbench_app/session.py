@@ -6,17 +6,18 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import workbench as wb
 from workbench.evaluation.tasks import Example
 from workbench.strategies.recipe import Recipe
-from workbench_app.ask import Ask, LaneState
+from workbench_app.ask import PLAIN, Ask, Course, LaneState
 from workbench_app.findings import Findings
-from workbench_app.history import History, Layout
+from workbench_app.history import History
 from workbench_app.lane_work import Change, Failed, LaneWork, Said, Task, Told
+from workbench_app.live import Live
 from workbench_app.runner import Job, Mailbox, Runner, Shelf, Urgency
 
 LOG = logging.getLogger("workbench.app")
@@ -39,11 +40,12 @@ class Session:
         self.prompt_error: str | None = None
         self.notice: str | None = None
         self.watchers: list[Callable[[Change], None]] = []
-        self.history = History()
-        self.results: OrderedDict[tuple[Ask, str, str], tuple[Any, list[str], Any]] = OrderedDict()
+        self.history = History(self)
+        self.results: OrderedDict[tuple[Hashable, ...], tuple[Any, list[str], Any]] = OrderedDict()
         self.work = LaneWork(self._post)
         self.runner = Runner()
         self.findings = Findings(self)
+        self.live = Live(self)
         self.mailbox = Mailbox(self._deliver, document)
         self._keys = itertools.count()
         self._after_load: Callable[[], None] | None = None
@@ -85,20 +87,20 @@ class Session:
         self.model_state, self.model_error = "loading", None
         self._after_load = then
         self.runner.submit(Job("model", lambda control: self._load(name)))
-        self._tell(topics={"model", "notice"})
+        self.tell(topics={"model", "notice"})
 
     def ask_for(self, **changes: Any) -> None:
         """Change the prompt, the question or the sampling; takes effect with the next :meth:`run` of all lanes."""
         self.draft = replace(self.draft, **changes)
         if "prompt" in changes or "question" in changes:
             self.draft_example = None
-        self._tell(topics={"prompt"})
+        self.tell(topics={"prompt"})
 
     def ask_example(self, example: Example) -> None:
         """Ask a ready example, whose answer and evidence are known."""
         self.ask_for(prompt=example.context, question=example.question)
         self.draft_example = example
-        self._tell(topics={"prompt"})
+        self.tell(topics={"prompt"})
 
     @property
     def evidence(self) -> tuple[int, ...]:
@@ -120,7 +122,7 @@ class Session:
         """
         if self.model is None or self.model_state != "ready":
             self.notice = "The model is not loaded yet."
-            self._tell(topics={"notice"})
+            self.tell(topics={"notice"})
             return
         self.notice = self.prompt_error = None
         reference = self.reference
@@ -129,8 +131,10 @@ class Session:
         if keys is None or not self.ask.prompt:
             keys = None
             if not self._prompt_is_good(self.draft):
-                self._tell(topics={"prompt", "notice"})
+                self.tell(topics={"prompt", "notice"})
                 return
+            if self.draft != self.ask:
+                self.live.begin_anew()
             self.ask, self.example = self.draft, self.draft_example
         wanted = {lane.key for lane in self.lanes} if keys is None else set(keys)
         if reference.key in wanted:
@@ -141,51 +145,57 @@ class Session:
             self._refuse(reference, str(error))
             for lane in self.lanes[1:]:
                 self._refuse(lane, "The reference lane cannot run; put its recipe right first.")
-            self._tell(lanes={lane.key for lane in self.lanes}, topics={"notice"})
+            self.tell(lanes={lane.key for lane in self.lanes}, topics={"notice"})
             return
         for lane in self.lanes:
             if lane.key in wanted:
                 self._start(lane, base, fresh)
-        self._tell(lanes=wanted, topics={"prompt", "notice"})
+        self.tell(lanes=wanted, topics={"prompt", "notice"})
 
     def stop(self) -> None:
         """Cancel everything; what was computed stays."""
         self.runner.stop()
         self.findings.stop()
         for lane in self.lanes:
-            if lane.busy:
+            if lane.busy or lane.live:
                 lane.status = "cancelled"
-        self._tell(lanes={lane.key for lane in self.lanes}, topics={"notice"})
+                self.work.drop(lane.key)
+        self.tell(lanes={lane.key for lane in self.lanes}, topics={"notice"})
 
     def set_recipe(self, key: int, text: str) -> None:
-        """Give a lane another recipe and run it alone; a recipe that cannot be read is refused inline."""
+        """Give a lane another recipe and run it alone; a recipe that cannot be read is refused inline.
+
+        One that generates, or is held, goes on with it from its next token; a fork, from where it was forked.
+        """
         lane = self.lane(key)
-        if lane is None or (text == lane.recipe and lane.error is None):
+        if lane is None or (text == lane.recipe_now and lane.error is None):
             return
         try:
             recipe = self._checked(text)
+            if self.live.changes(lane, recipe):
+                return
         except wb.WorkbenchError as error:
             lane.error = str(error)
-            self._tell(lanes={key})
+            self.tell(lanes={key})
             return
-        self._remember()
+        self.history.remember()
         lane.recipe, lane.error = recipe.text, None
         if self.model is not None and self.model_state == "ready":
             self.run([key])
         else:
-            self._tell(lanes={key})
+            self.tell(lanes={key})
 
-    def add(self, recipe: str, after: int | None = None) -> int | None:
+    def add(self, recipe: str, after: int | None = None, course: Course = PLAIN) -> int | None:
         """A new lane with a recipe, at the end or after another; it runs at once."""
         if len(self.lanes) >= MOST_LANES:
             self.notice = f"There are {MOST_LANES} lanes already; remove one first."
-            self._tell(topics={"notice"})
+            self.tell(topics={"notice"})
             return None
-        self._remember()
-        lane = LaneState(next(self._keys), recipe)
+        self.history.remember()
+        lane = LaneState(next(self._keys), recipe, course)
         place = len(self.lanes) if after is None else self.place(after) + 1
         self.lanes.insert(place, lane)
-        self._tell(lanes={lane.key}, topics={"lanes"})
+        self.tell(lanes={lane.key}, topics={"lanes"})
         if self.ask.prompt:
             self.run([lane.key])
         return lane.key
@@ -193,22 +203,22 @@ class Session:
     def start_with(self, recipes: Iterable[str]) -> None:
         """The lanes of a new session."""
         self.lanes = [LaneState(next(self._keys), recipe) for recipe in recipes]
-        self._tell(lanes={lane.key for lane in self.lanes}, topics={"lanes"})
+        self.tell(lanes={lane.key for lane in self.lanes}, topics={"lanes"})
 
     def duplicate(self, key: int) -> int | None:
         lane = self.lane(key)
-        return None if lane is None else self.add(lane.recipe, after=key)
+        return None if lane is None else self.add(lane.recipe, key, replace(lane.course, held=None))
 
     def remove(self, key: int) -> None:
         """Remove a lane; the last one stays."""
         lane = self.lane(key)
-        if lane is None or len(self.lanes) == 1:
+        if lane is None or len(self.lanes) == 1 or self._bars(self.lanes[1] if lane is self.reference else None):
             return
-        self._remember()
+        self.history.remember()
         was_reference = lane is self.reference
-        self.runner.cancel(key)
+        self.end(key)
         self.lanes.remove(lane)
-        self._tell(lanes={other.key for other in self.lanes}, topics={"lanes"})
+        self.tell(lanes={other.key for other in self.lanes}, topics={"lanes"})
         if was_reference and self.model is not None:
             self.run()
 
@@ -218,18 +228,20 @@ class Session:
         target = place + by
         if not 0 <= target < len(self.lanes):
             return
-        self._remember()
+        if 0 in (place, target) and self._bars(self.lanes[max(place, target)]):
+            return
+        self.history.remember()
         lanes = self.lanes
         lanes[place], lanes[target] = lanes[target], lanes[place]
-        self._tell(lanes={lane.key for lane in lanes}, topics={"lanes"})
+        self.tell(lanes={lane.key for lane in lanes}, topics={"lanes"})
         if 0 in (place, target) and self.model is not None:
             self.run()
 
     def undo(self) -> None:
-        self._restore(self.history.undo(self._layout()))
+        self.history.undo()
 
     def redo(self) -> None:
-        self._restore(self.history.redo(self._layout()))
+        self.history.redo()
 
     def explain(self, key: int, token: int) -> None:
         """Find out, in the worker, what the reference read for one of a lane's tokens and the lane no longer holds."""
@@ -259,15 +271,7 @@ class Session:
     def _prompt_is_good(self, ask: Ask) -> bool:
         assert self.model is not None
         try:
-            ids = self.model.encode(ask.text)
-            later = ask.asked_later
-            asked = len(self.model.encode(later, continues=True)) if later else 0
-            limit = self.model.geometry.max_positions
-            if len(ids) + asked >= limit:
-                raise wb.PromptError(
-                    f"Prompt and question together have {len(ids) + asked:,} tokens, but {self.model.id} reads at most "
-                    f"{limit:,}; shorten them."
-                )
+            ask.check(self.model)
         except wb.WorkbenchError as error:
             self.prompt_error = str(error)
             return False
@@ -281,9 +285,13 @@ class Session:
             return
         lane.run += 1
         lane.error = None
-        known = None if fresh else self.results.get((self.ask, base.resolved, recipe.resolved))
+        known = (
+            None
+            if fresh or lane.course.held is not None
+            else self.results.get(self._key(lane, base.resolved, recipe.resolved))
+        )
         if known is not None:
-            self.runner.cancel(lane.key)
+            self.end(lane.key)
             result, texts, why = known
             lane.show(result, texts)
             lane.why, lane.recalled = why, True
@@ -291,11 +299,31 @@ class Session:
         lane.status, lane.began, lane.recalled = "waiting", time.monotonic(), False
         assert self.model is not None
         self.findings.make_way()
-        task = Task(lane.key, lane.run, self.model, self.ask, base, recipe, lane is self.reference)
-        self.runner.submit(Job(lane.key, lambda control: self.work.run_lane(task, control)))
+        self.work.drop(lane.key)
+        task = Task(lane.key, lane.run, self.model, self.ask, base, recipe, lane is self.reference, lane.course)
+        job = Job(lane.key, lambda control: self.work.run_lane(task, control))
+        self.live.controls[lane.key] = job.control
+        self.runner.submit(job)
+
+    def end(self, key: int) -> None:
+        """A lane's run is not wanted any more."""
+        self.runner.cancel(key)
+        self.work.drop(key)
+
+    def _bars(self, lane: LaneState | None) -> bool:
+        """Whether a lane cannot become the reference; if so, a person is told."""
+        if lane is None or not lane.course.script.edits:
+            return False
+        self.notice = "A lane that was changed by hand cannot be the reference."
+        self.tell(topics={"notice"})
+        return True
+
+    def _key(self, lane: LaneState, base: str, resolved: str) -> tuple[Hashable, ...]:
+        """What a lane's result depends on."""
+        return (self.ask, base, resolved, lane.course.outcome)
 
     def _refuse(self, lane: LaneState, sentence: str) -> None:
-        self.runner.cancel(lane.key)
+        self.end(lane.key)
         lane.run += 1
         lane.error = sentence
         lane.status = "error"
@@ -332,7 +360,7 @@ class Session:
                 if message.topic == "looked":
                     self.findings.hear(message.data)
                 change.topics.add(message.topic)
-        self._tell(change.lanes, change.topics)
+        self.tell(change.lanes, change.topics)
         if loaded and self._after_load is not None:
             then, self._after_load = self._after_load, None
             then()
@@ -352,42 +380,19 @@ class Session:
             return
         change.lanes.add(lane.key)
         said.apply(lane)
+        self.live.hear(lane, said.event)
         if said.finished is not None:
-            key = (said.ask, said.base, said.finished.resolved)
             if lane.status == "done":
-                self.results[key] = (said.finished, lane.texts, None)
+                self.results[self._key(lane, said.base, said.finished.resolved)] = (said.finished, lane.texts, None)
                 while len(self.results) > 64:
                     self.results.popitem(last=False)
         elif said.name == "why":
             change.topics.add("why")
-            key = (said.ask, said.base, lane.result.resolved if lane.result is not None else "")
+            key = self._key(lane, said.base, lane.result.resolved if lane.result is not None else "")
             if key in self.results:
                 self.results[key] = (*self.results[key][:2], lane.why)
 
-    def _layout(self) -> Layout:
-        return tuple((lane.key, lane.recipe) for lane in self.lanes)
-
-    def _remember(self) -> None:
-        self.history.remember(self._layout())
-
-    def _restore(self, layout: Layout | None) -> None:
-        if layout is None:
-            return
-        before = {lane.key: lane for lane in self.lanes}
-        old_reference = self.lanes[0].recipe
-        self.lanes = [before.get(key) or LaneState(key, recipe) for key, recipe in layout]
-        for key in before.keys() - {lane.key for lane in self.lanes}:
-            self.runner.cancel(key)
-        changed = []
-        for lane, (_, recipe) in zip(self.lanes, layout, strict=True):
-            if lane.recipe != recipe or lane.result is None or lane.error is not None:
-                lane.recipe, lane.error = recipe, None
-                changed.append(lane.key)
-        self._tell(lanes={lane.key for lane in self.lanes}, topics={"lanes"})
-        if self.model is not None:
-            self.run(None if self.lanes[0].recipe != old_reference else changed)
-
-    def _tell(self, lanes: Iterable[int] = (), topics: Iterable[str] = ()) -> None:
+    def tell(self, lanes: Iterable[int] = (), topics: Iterable[str] = ()) -> None:
         change = Change(set(lanes), set(topics))
         if change.lanes or change.topics:
             for watcher in list(self.watchers):

@@ -109,7 +109,7 @@ def legend(session: Session) -> str:
     for place, lane in enumerate(session.lanes[1:], start=1):
         look = formats.look(place)
         sign = f'<svg viewBox="0 0 14 14" width="14" height="14" fill="{look.colour}" aria-hidden="true">{_SHAPES[look.marker]}</svg>'
-        items.append(f"<li>{sign}{look.letter} · {escape(recipes.title(lane.recipe))}</li>")
+        items.append(f"<li>{sign}{look.letter} · {escape(recipes.title(lane.recipe_now))}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -143,7 +143,7 @@ def code(session: Session) -> tuple[str, str]:
     call = ["import workbench as wb", "", f"model = wb.load({ask.model!r})", f"prompt = {ask.text!r}"]
     call += ["cmp = wb.compare(", "    model,", "    prompt,", f"    [{listed}],"]
     call += [f"    {name}={value!r}," for name, value in options.items()]
-    call += [")", "print(cmp)"]
+    call += [")", *_edits(session), "print(cmp)"]
     words = ["kvw", "compare", ask.model, "--prompt", ask.text]
     if ask.asked_later:
         words += ["--question", ask.asked_later]
@@ -153,8 +153,25 @@ def code(session: Session) -> tuple[str, str]:
     if ask.temperature:
         words += ["--temperature", str(ask.temperature)]
     words += ["--first-token", ask.first_token]
-    return "\n".join(call), shlex.join(words)
+    shell = shlex.join(words)
+    if _edits(session):
+        shell = "# without what was done by hand, which the Python call has\n" + shell
+    return "\n".join(call), shell
+
+
+def _edits(session: Session) -> list[str]:
+    """A line for everything done to the lanes by hand."""
+    out = []
+    for place, lane in enumerate(session.lanes):
+        for edit in lane.course.script.edits:
+            if edit.action == "recipe":
+                out.append(f"cmp.change({place}, {edit.recipe!r}, token={edit.token})")
+                continue
+            where = {"layer": edit.layers, "kv_head": edit.kv_heads}
+            words = "".join(f", {name}={numbers[0]}" for name, numbers in where.items() if numbers is not None)
+            out.append(f"cmp.{edit.action}({place}, {edit.positions[0]}{words}, token={edit.token})")
+    return out
 
 
 def title_of(session: Session) -> str:
-    return " · ".join(recipes.title(lane.recipe) for lane in session.lanes)
+    return " · ".join(recipes.title(lane.recipe_now) for lane in session.lanes)

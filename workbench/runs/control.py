@@ -61,6 +61,11 @@ class Control:
     def paused(self) -> bool:
         return self._paused
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to do: tokens that may come, an edit, or the end."""
+        return not self._paused or bool(self._allowed or self._edits or self._cancelled)
+
     def edit(self, edit: Edit) -> None:
         """Do something to the lane that generates, before its next token is chosen; also while it is held.
 
@@ -91,10 +96,9 @@ class Control:
             return True
 
     def wait(self) -> None:
-        """Until there is something to do: tokens that may come, an edit, or the end."""
+        """Until the run is :attr:`ready`."""
         with self._changed:
-            while self._paused and not (self._allowed or self._edits or self._cancelled):
-                self._changed.wait()
+            self._changed.wait_for(lambda: self.ready)
 
 
 class DeviceQueue:

@@ -17,7 +17,7 @@ from workbench.runs.events import Edited, Paused, Refused, Token
 from workbench.runs.lane import Answer
 from workbench.runs.prompt import forward
 from workbench.runs.reference import QueryRecorder, ReferenceAnswer
-from workbench.runs.steer import FIXED, Edit, RecentQueries, Steering, apply_edit
+from workbench.runs.steer import FIXED, TOO_LATE, Edit, Steering, edited
 
 if TYPE_CHECKING:
     from workbench.models.load import Model
@@ -118,8 +118,8 @@ class Decoder:
         for index in range(most):
             fed = answer.tokens[-1] if answer.tokens else self._steering.asked
             for edit in self._script.edits:
-                if edit.token == index:
-                    logits = self._edit(edit, fed)
+                if edit.token == index > 0:  # those before the first token were done before the question was fed
+                    logits = self._edit(edit, fed, self._script.strict)
                     yield Edited(self.lane, edit)
             if index == self._script.stop:
                 answer.stopped = "rewound"
@@ -151,12 +151,14 @@ class Decoder:
 
     def _live(self, index: int, fed: int, logits: Tensor) -> Generator[AnyEvent, None, Tensor]:
         """Wait while the run is held, and do what is asked for meanwhile; hands on the logits of token ``index``."""
+        late = index == 0 and self._steering.later
         while True:
-            for asked in self.control.take_edits():
+            # Where the question was fed, what is asked for waits for the next token; if the lane is held, it cannot.
+            for asked in () if late and not self.control.paused else self.control.take_edits():
                 edit = replace(asked, token=index)
                 try:
-                    if self._fixed:
-                        raise WorkbenchError(FIXED)
+                    if self._fixed or late:
+                        raise WorkbenchError(FIXED if self._fixed else TOO_LATE)
                     logits = self._edit(edit, fed)
                 except WorkbenchError as error:
                     yield Refused(self.lane, str(error))
@@ -166,17 +168,11 @@ class Decoder:
                 return logits
             yield Paused(self.lane, index)
 
-    def _edit(self, edit: Edit, fed: int) -> Tensor:
+    def _edit(self, edit: Edit, fed: int, strict: bool = True) -> Tensor:
         """Do it, and ask the last token again: its answer must come from what is held now."""
-        self.cache = self._edited(edit, self.cache, self._steering.recent)
+        self.cache = edited(edit, self.cache, self._steering.source, self._steering.recent, strict)
         self.edits.append(edit)
         return self._again(self.cache, fed)
-
-    def _edited(self, edit: Edit, cache: WorkbenchCache, recent: RecentQueries, strict: bool = True) -> WorkbenchCache:
-        changed = apply_edit(edit, cache, self._steering.source, recent.take(), strict)
-        if changed is not cache:
-            changed.probes, cache.probes = cache.probes, []
-        return changed
 
     def _again(self, cache: WorkbenchCache, fed: int) -> Tensor:
         with cache.replay():
@@ -232,7 +228,7 @@ class Decoder:
             logits = forward(self.model, cache, [theirs[index - 1]])
             for edit in self.edits:  # what was done to the lane later is done here at the same places
                 if edit.token == index:
-                    cache = self._edited(edit, cache, self._fork_recent, strict=False)
+                    cache = edited(edit, cache, self._steering.source, self._fork_recent, strict=False)
                     logits = self._again(cache, theirs[index - 1])
             self._add_kl(index, logits)
         self.answer.kl = list(self._kl)

@@ -34,7 +34,9 @@ class LaneMemory:
     by_kind: dict[str, int] = field(default_factory=dict)
     by_head: list[list[int]] = field(default_factory=list)
     factor_bytes: int = 0  # matrices made of the model's weights, once per model; not in the others
-    at_token: int | None = None  # of a lane that was steered: used_bytes is what it held then, not after the prompt
+    at_token: int | None = (
+        None  # where the lane was steered later than after the prompt: used_bytes is what it held then
+    )
 
     def take(self, memory: Memory) -> None:
         """The state right after the prompt, or after an edit."""
@@ -240,7 +242,7 @@ class Comparison:
 
         Args:
             lane: number of the lane to fork; one that failed cannot be.
-            token: 0, right after the prompt (and question), to the number of the lane's tokens; by default there.
+            token: 0, right after the prompt (before a question), to the number of the lane's tokens; by default there.
             recipe: to go on with; by default the lane's own.
             options: ``answer`` (0, which of several questions), ``max_new_tokens`` (the run's), ``on_event``, ``control``.
 
@@ -292,6 +294,12 @@ class Comparison:
     def protect(self, lane: int, positions: int | Sequence[int], **where: Any) -> Lane:
         """:meth:`restore` what is gone, and let no strategy drop these positions from there on."""
         return self._edit(lane, "protect", positions, **where)
+
+    def change(self, lane: int, recipe: str | Recipe, token: int = 0, **options: Any) -> Lane:
+        """Let a lane go on with another recipe from a token on, as :meth:`fork` does in a lane of its own."""
+        from workbench.runs.live import change
+
+        return change(self, lane, recipe, token, **options)
 
     def _edit(self, lane: int, action: Action, positions: int | Sequence[int], **where: Any) -> Lane:
         from workbench.runs.live import edit

@@ -14,7 +14,7 @@ from workbench.runs.decode import Decoder, Sampling
 from workbench.runs.events import AnyEvent, CacheState, Edited, LaneDone, PrefillProgress, Probe
 from workbench.runs.prompt import SNAPSHOT_WINDOW, Cancelled, Snapshot, forward, read, take_snapshot
 from workbench.runs.reference import QueryRecorder, ReferenceAnswer, ReferenceRun
-from workbench.runs.steer import RecentQueries, Script, Steering
+from workbench.runs.steer import Edit, RecentQueries, Script, Steering, edited
 
 if TYPE_CHECKING:
     from workbench.runs.compare import Run
@@ -130,8 +130,14 @@ class LaneRun:
         self, index: int, question: list[int], cache: WorkbenchCache, start: Snapshot
     ) -> Generator[AnyEvent, None, None]:
         """Generate one answer: for a question fed now, or for the prompt itself."""
-        logits, recent = start.logits, RecentQueries(start.queries)
+        logits, recent, script = start.logits, RecentQueries(start.queries), self.run.scripts.get(self.number, Script())
         cache.probes.append(recent)
+        first = [edit for edit in script.edits if edit.token == 0]
+        for edit in first:
+            source = self.run.trace.cache if self.run.trace is not None else None
+            self.cache = cache = edited(edit, cache, source, recent, script.strict)
+            yield Edited(self.number, edit)
+            yield self._after_edit(edit, cache)
         trace, probes, record = self.run.trace, self.settings.probes, None
         recorder = QueryRecorder() if self.is_reference and probes else None
         if recorder is not None:
@@ -139,12 +145,12 @@ class LaneRun:
         replayed = self.settings.first_token == "replayed" and any(layer.store.changed for layer in cache.layers)
         if question:
             logits = forward(self.model, cache, question)
-        elif replayed or recorder is not None:
+        elif replayed or first or recorder is not None:
             # The last prompt token asks once more, of what is held now; where that is everything, its answer is
             # already known and only the probe listens.
             with cache.replay():
                 again = forward(self.model, cache, self.run.prompt[-1:], len(self.run.prompt) - 1)
-            logits = again if replayed else logits
+            logits = again if replayed or first else logits
         if self.is_reference and trace is not None:
             record = ReferenceAnswer(first_queries=recorder.take() if recorder is not None else [])
             trace.answers.append(record)
@@ -153,17 +159,15 @@ class LaneRun:
             yield Probe(self.number, "drift", self.lane.drift)
         known = None if self.is_reference or trace is None or len(trace.answers) <= index else trace.answers[index]
         answer = self.lane.answers[index]
-        script = self.run.scripts.get(self.number, Script())
         source = trace.cache if trace is not None else None
-        steering = Steering((question or self.run.prompt)[-1], recent, source, script)
+        steering = Steering((question or self.run.prompt)[-1], bool(question), recent, source, script)
         sampling = self.settings.sampling
         decoder = Decoder(self.number, self.model, cache, sampling, self.control, answer, steering)
         for event in decoder.generate(logits, known, record, recorder):
             yield event
             if isinstance(event, Edited):
-                self.lane.edits = (*self.lane.edits, event.edit)
                 self.cache = decoder.cache
-                yield self._after_edit(event.edit.token, decoder.cache)
+                yield self._after_edit(event.edit, decoder.cache)
         self.cache = decoder.cache
         if recorder is not None:
             cache.probes.remove(recorder)
@@ -171,12 +175,13 @@ class LaneRun:
             decoder.teacher_force()
             yield Probe(self.number, "kl", answer.kl)
 
-    def _after_edit(self, token: int, cache: WorkbenchCache) -> CacheState:
-        """What the lane holds of the prompt, and in all, once something was done to it by hand."""
+    def _after_edit(self, edit: Edit, cache: WorkbenchCache) -> CacheState:
+        """Note what was done by hand, what the lane holds of the prompt then, and in all."""
         lane, prompt = self.lane, len(self.run.prompt)
+        lane.edits = (*lane.edits, edit)
         memory, lane.packed = cache.memory(), packed_counts(cache)
         lane.memory.take(memory)
-        lane.memory.at_token = token
+        lane.memory.at_token = edit.token or None
         lane.kept_positions = [[[p for p in head if p < prompt] for head in layer] for layer in kept_of(cache)]
         self.run.relate(lane)
         if lane.drift is not None and self.run.trace is not None:

@@ -77,6 +77,16 @@ def edit(
     return _take_place(cmp, lane, old, made)
 
 
+def change(cmp: Comparison, lane: int, recipe: str | Recipe, token: int = 0, **options: Any) -> Lane:
+    """See :meth:`Comparison.change`."""
+    old = _steerable(cmp, lane)
+    meant = Edit(token, "recipe", Recipe.parse(recipe).text)
+    check_edit(meant, cmp.model.geometry, cmp.model.artifacts)
+    script = script_at(old, token, options.get("answer", 0))
+    made = _again(cmp, old, Script(script.tokens, (*script.edits, meant)), **options)
+    return _take_place(cmp, lane, old, made)
+
+
 def script_at(lane: Lane, token: int, answer: int = 0) -> Script:
     """What brings a lane back to where it had chosen ``token`` tokens, with all that was done to it up to there."""
     tokens = lane.answers[answer].tokens
@@ -100,6 +110,11 @@ def _known(cmp: Comparison, lane: int) -> Lane:
     if old.error is not None:
         raise WorkbenchError(
             f"Lane {lane} failed ({old.error.rstrip('.')}), so there is nothing to go on from; run it again."
+        )
+    if len(old.answers) > 1 and old.edits:
+        raise WorkbenchError(
+            f"Lane {lane} was edited while it answered several questions, so it is not known for which; compare with one "
+            "question to go on from it."
         )
     return old
 

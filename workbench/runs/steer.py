@@ -26,13 +26,18 @@ if TYPE_CHECKING:
     from workbench.cache.layer import WorkbenchLayer
     from workbench.models.geometry import Geometry
 
+TOO_LATE = (
+    "The question was read already, and the first token follows from it; edit the lane before a later token, or after its "
+    "prompt (token 0) in a fork."
+)
 FIXED = "The reference lane stays as it is, because the others are compared with it; fork it, and steer the fork."
 Action = Literal["evict", "protect", "restore", "recipe"]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Something done to a lane before its token number ``token`` was chosen; the last token is then asked again.
+    """Something done to a lane before its token number ``token`` was chosen; the last token is then asked again. At token 0
+    it is done right after the prompt, before a question is fed.
 
     Attributes:
         action: "evict" frees entries; "restore" puts back exactly the reference's entries of prompt tokens; "protect" does
@@ -66,11 +71,13 @@ class Script:
 
     Attributes:
         stop: the token before which it stops; None where it goes on to the end.
+        strict: whether an edit that changes nothing is an error.
     """
 
     tokens: tuple[int, ...] = ()
     edits: tuple[Edit, ...] = ()
     stop: int | None = None
+    strict: bool = True
 
 
 class RecentQueries:
@@ -105,12 +112,14 @@ class Steering:
 
     Attributes:
         asked: the token that was fed last before the first one is generated.
+        later: whether it is a question's, fed after the prompt was compressed.
         recent: a probe of the lane's cache that knows the last queries, the prompt's among them.
         source: the reference's cache after the prompt, from which entries can be restored.
         script: tokens already chosen, and edits to do on the way.
     """
 
     asked: int
+    later: bool
     recent: RecentQueries
     source: WorkbenchCache | None = None
     script: Script = Script()
@@ -185,6 +194,16 @@ def apply_edit(
             elif edit.action == "evict":
                 cache.layers[index].unprotect(edit.positions, edit.kv_heads)
     return cache
+
+
+def edited(
+    edit: Edit, cache: WorkbenchCache, source: WorkbenchCache | None, recent: RecentQueries, strict: bool
+) -> WorkbenchCache:
+    """:func:`apply_edit` to a cache that is being generated with: its probes go on to the one that takes its place."""
+    changed = apply_edit(edit, cache, source, recent.take(), strict)
+    if changed is not cache:
+        changed.probes, cache.probes = cache.probes, []
+    return changed
 
 
 def _editable(segment: Segment) -> bool:

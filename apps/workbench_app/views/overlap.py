@@ -45,7 +45,7 @@ class Overlap(Look):
         ]
 
     def known(self, lane: LaneState) -> tuple[Any, ...]:
-        return (self.other.value, *((letter, id(other.kept), other.recipe) for letter, other in self._lanes()))
+        return (self.other.value, *((letter, id(other.kept), other.recipe_now) for letter, other in self._lanes()))
 
     def draw(self, lane: LaneState, at: tuple[int, int]) -> None:
         lanes = self._lanes()
@@ -63,7 +63,7 @@ class Overlap(Look):
         held = self.session.findings.held
         masks = [held(one) for _, one in lanes]
         whole, head = overlap(masks), overlap(masks, at)
-        titles = [recipes.title(one.recipe) for _, one in lanes]
+        titles = [recipes.title(one.recipe_now) for _, one in lanes]
         self.lead.object = self._sentence(lane, other, whole[letters.index(own), letters.index(self.other.value)])
         self._tables.object = "".join(
             (
