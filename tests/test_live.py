@@ -178,6 +178,7 @@ def test_evict_and_restore_on_codes_and_on_uneven_heads(recipe: str) -> None:
     assert not any(token in lane.kept(layer, 1) for layer in range(3))
     lane = cmp.restore(1, [token], kv_head=1, token=4)
     assert all(token in lane.kept(layer, 1) for layer in range(3)) and len(lane.kl) == 12
+    assert lane.restored == [[[], [token]]] * 3  # in full precision, whatever the others are held as
 
 
 def test_what_is_protected_no_strategy_drops() -> None:

@@ -113,6 +113,7 @@ class LaneState:
     memory: LaneMemory | None = None
     kept: list[list[list[int]]] = field(default_factory=list)
     packed: list[list[int]] = field(default_factory=list)
+    restored: list[list[list[int]]] = field(default_factory=list)  # put back by hand, never coded
     result: Lane | None = None
     why: Why | None = None
     edits: list[Edit] = field(default_factory=list)  # done to the output on show
@@ -151,7 +152,7 @@ class LaneState:
         answer = result.answers[0]
         self.shown_run = self.run
         self.result, self.memory, self.drift = result, result.memory, result.drift
-        self.kept, self.packed = result.kept_positions, result.packed
+        self.kept, self.packed, self.restored = result.kept_positions, result.packed, result.restored
         self.tokens, self.texts, self.kl = list(answer.tokens), texts, answer.kl
         self.error, self.edits = result.error, list(result.edits)
         self.status = {"cancelled": "cancelled", "error": "error"}.get(answer.stopped or "", "done")

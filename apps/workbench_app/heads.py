@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +63,15 @@ METRICS = (
 )
 
 
-def status_codes(kept: list[int], packed: int, total: int) -> np.ndarray:
-    """What became of every prompt token in one head: the first ``packed`` kept entries are held as codes."""
+def status_codes(kept: list[int], packed: int, total: int, restored: Sequence[int] = ()) -> np.ndarray:
+    """What became of every prompt token in one head: of the kept entries that were not ``restored`` by hand, the first
+    ``packed`` are held as codes.
+    """
     codes = np.full(total, int(TokenStatus.EVICTED), dtype=np.int64)
     held = [position for position in kept if position < total]
     codes[held] = int(TokenStatus.KEPT)
-    codes[held[:packed]] = int(TokenStatus.QUANTIZED)
+    coded = [position for position in held if position not in restored]
+    codes[coded[:packed]] = int(TokenStatus.QUANTIZED)
     return codes
 
 
@@ -189,8 +192,9 @@ class Heads(pn.viewable.Viewer):
         layer, head = at
         total = len(self._session.texts)
         kept = lane.kept[layer][head]
+        restored = lane.restored[layer][head] if lane.restored else ()
         return {
-            "status": status_codes(kept, lane.packed[layer][head] if lane.packed else 0, total),
+            "status": status_codes(kept, lane.packed[layer][head] if lane.packed else 0, total, restored),
             "share": share_over_heads(lane.kept, total),
             "score": self._attention(layer, head, total),
             "kept": len(kept),

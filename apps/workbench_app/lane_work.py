@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import workbench as wb
 from workbench.inspection.why import Why, explain
 from workbench.runs.compare import Run
-from workbench.runs.control import Control
+from workbench.runs.control import Control, device_queue
 from workbench.runs.events import (
     AnyEvent,
     CacheState,
@@ -65,10 +66,10 @@ class Said:
         elif isinstance(event, CacheState):
             if event.moment == "prompt":
                 lane.clear_output()
-                lane.kept, lane.packed, lane.drift = event.kept, event.packed, None
+                lane.kept, lane.packed, lane.restored, lane.drift = event.kept, event.packed, event.restored, None
                 lane.status = "generating"
             elif event.moment == "edit":
-                lane.kept, lane.packed = event.kept, event.packed
+                lane.kept, lane.packed, lane.restored = event.kept, event.packed, event.restored
             lane.memory = self.memory
         elif isinstance(event, Edited):
             lane.edits = [*lane.edits, event.edit]
@@ -146,7 +147,7 @@ class Going:
     task: Task
     run: Run
     control: Control
-    events: Iterator[AnyEvent]
+    events: Generator[AnyEvent, None, None]
     context: Context
     snapshot: Snapshot | None
 
@@ -180,11 +181,11 @@ class LaneWork:
         return self._snapshots.get((ask.model, ask.text))
 
     def drop(self, key: int) -> None:
-        """A paused lane does not go on."""
+        """A paused lane does not go on. What it has hung into the model is taken out when nobody computes with it."""
         going = self._held.pop(key, None)
         if going is not None:
             going.control.cancel()
-            going.events.close()  # type: ignore[attr-defined]
+            threading.Thread(target=_close, args=(going,), name="workbench-drop", daemon=True).start()
 
     def holds(self, key: int) -> Control | None:
         """The control of a lane that is paused."""
@@ -280,10 +281,8 @@ class LaneWork:
         """Lanes of the newest prompts start again from where their prompt was read; results themselves hold no cache."""
         start, result.start = result.start, None
         if start is not None:
-            place = (task.ask.model, task.ask.text, task.recipe.resolved)
-            self._starts.pop(place, None)
-            self._starts[place] = start
-            while len(self._starts) > 8 or not any(key[:2] == place[:2] for key in self._starts):
+            self._starts[task.ask.model, task.ask.text, task.recipe.resolved] = start
+            while len(self._starts) > 8:
                 self._starts.popitem(last=False)
 
     def explain(self, ask: Ask, base: str, result: Lane, lane: int, number: int, token: int) -> None:
@@ -298,12 +297,19 @@ class LaneWork:
         self._snapshots[place] = snapshot
         while len(self._snapshots) > 2:
             self._snapshots.popitem(last=False)
+        for key in [key for key in self._starts if key[:2] not in self._snapshots]:
+            del self._starts[key]
 
     def _keep_trace(self, context: Context, run: Run) -> None:
         reference = run.lanes[0]
         complete = reference.stopped in ("length", "eos") or context.trace is run.trace
         if run.trace is not None and complete:
             context.trace = run.trace
+
+
+def _close(going: Going) -> None:
+    with device_queue(going.task.model.device).turn(Control()):
+        going.events.close()
 
 
 def _urgency(event: AnyEvent) -> Urgency:

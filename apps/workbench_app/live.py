@@ -107,10 +107,6 @@ class Live:
         session = self._session
         model = session.model
         if lane is session.reference or model is None or not (lane.live or lane.course.origin is not None):
-            if lane.course != PLAIN:
-                session.history.remember()
-                first = tuple(e for e in lane.course.script.edits if e.token == 0 and e.action != "recipe")
-                lane.course = Course(Script((), first, strict=False), None, None, session.ask)
             return False
         at = len(lane.tokens) if lane.live else lane.course.origin[1]  # type: ignore[index]
         edit = Edit(at, "recipe", recipe.text)
@@ -153,14 +149,23 @@ class Live:
     def hear(self, lane: LaneState, event: Any) -> None:
         """A lane that runs was edited on the way, or could not be."""
         if isinstance(event, Refused):
-            lane.error = event.sentence
+            self._session.notice = event.sentence
         elif isinstance(event, Edited) and event.edit not in lane.course.script.edits:
             lane.course = self._course(lane, event.edit.token, event.edit)
 
-    def begin_anew(self) -> None:
-        """The lanes are asked something else: what was done to their tokens is past."""
+    def before_run(self, other: bool) -> None:
+        """All lanes are about to run: none is held, and what was done to the tokens of ``other`` prompts is past."""
         for lane in self._session.lanes:
-            lane.recipe, lane.course = lane.recipe_now, PLAIN
+            if other:
+                lane.recipe, lane.course = lane.recipe_now, PLAIN
+            elif lane.course.held is not None:
+                lane.course = replace(lane.course, held=None)
+
+    def under(self, lane: LaneState, recipe: Recipe) -> None:
+        """Let a lane read the prompt under another recipe; what was done right after it is done again."""
+        first = tuple(e for e in lane.course.script.edits if e.token == 0 and e.action != "recipe")
+        lane.recipe, lane.error = recipe.text, None
+        lane.course = Course(Script((), first, strict=False), None, None, self._session.ask) if first else PLAIN
 
     def _course(self, lane: LaneState, token: int, *edits: Edit, held: int | None = None) -> Course:
         """On from a token, with what was done up to there and these edits."""

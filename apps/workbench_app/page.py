@@ -168,7 +168,8 @@ class App:
         self.why.object = html
         self.why_button.visible = bool(html) and lane is not None and bool(lane.why and lane.why.lost)
         self.run_button.disabled = session.model_state != "ready"
-        self.stop_button.disabled = not (session.busy or session.findings.busy)
+        held = any(lane.status == "paused" for lane in session.lanes)
+        self.stop_button.disabled = not (session.busy or session.findings.busy or held)
         self.status.object = f'<span class="quiet roomy status" role="status">{escape(self._status())}</span>'
 
     def _begins(self, change: Change) -> bool:

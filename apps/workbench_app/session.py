@@ -133,8 +133,7 @@ class Session:
             if not self._prompt_is_good(self.draft):
                 self.tell(topics={"prompt", "notice"})
                 return
-            if self.draft != self.ask:
-                self.live.begin_anew()
+            self.live.before_run(other=self.draft != self.ask)
             self.ask, self.example = self.draft, self.draft_example
         wanted = {lane.key for lane in self.lanes} if keys is None else set(keys)
         if reference.key in wanted:
@@ -179,7 +178,7 @@ class Session:
             self.tell(lanes={key})
             return
         self.history.remember()
-        lane.recipe, lane.error = recipe.text, None
+        self.live.under(lane, recipe)
         if self.model is not None and self.model_state == "ready":
             self.run([key])
         else:

@@ -25,10 +25,10 @@ def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
     return torch.sigmoid(lse - sinks.float().view(1, -1, 1))
 
 
-def _dense(segment: Segment) -> bool:
+def is_dense(segment: Segment) -> bool:
     """Whether every entry is held in the model's own precision, on its own."""
     if isinstance(segment, RaggedSegment):
-        return all(map(_dense, segment.rows))
+        return all(map(is_dense, segment.rows))
     return type(segment) is DenseSegment
 
 
@@ -216,7 +216,7 @@ class Store:
     def decode(self) -> None:
         """Hold everything in the model's own precision from now on; what is held so already stays as it is."""
         self.codec = None
-        if all(_dense(segment) for segment in self.segments):
+        if all(is_dense(segment) for segment in self.segments):
             return
         rows = self._every_row()
         if len({len(at) for *_, at in rows}) == 1:

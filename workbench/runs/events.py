@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class CacheState(Event):
     memory: Memory
     kept: list[list[list[int]]]  # positions per KV head per layer
     packed: list[list[int]]  # per layer and KV head: how many of the first kept entries are held as codes
+    restored: list[list[list[int]]] = field(default_factory=list)  # kept entries put back by hand: none of the former
 
 
 @dataclass(frozen=True)

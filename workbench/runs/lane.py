@@ -110,6 +110,7 @@ class Lane:
     memory: LaneMemory = field(default_factory=LaneMemory)
     kept_positions: list[list[list[int]]] = field(default_factory=list)  # after the prompt
     packed: list[list[int]] = field(default_factory=list)  # per layer and head: first kept entries held as codes
+    restored: list[list[list[int]]] = field(default_factory=list)  # of kept_positions: put back by hand, never coded
     drift: dict[str, list[list[float]]] | None = None
     prefill_seconds: float = 0.0
     prefill_reused: bool = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from workbench.cache.cache import WorkbenchCache
+from workbench.cache.store import is_dense
 from workbench.errors import WorkbenchError
 from workbench.inspection.drift import measure_drift
 from workbench.runs.decode import Decoder, Sampling
@@ -183,16 +184,29 @@ class LaneRun:
         lane.memory.take(memory)
         lane.memory.at_token = edit.token or None
         lane.kept_positions = [[[p for p in head if p < prompt] for head in layer] for layer in kept_of(cache)]
+        lane.restored = restored_of(cache)
         self.run.relate(lane)
         if lane.drift is not None and self.run.trace is not None:
             lane.drift = measure_drift(self.run.trace, cache)
-        return CacheState(self.number, "edit", memory, lane.kept_positions, lane.packed)
+        return CacheState(self.number, "edit", memory, lane.kept_positions, lane.packed, lane.restored)
 
 
 def kept_of(cache: WorkbenchCache) -> list[list[list[int]]]:
     """Positions that each KV head of each layer holds."""
     heads = range(cache.geometry.num_kv_heads)
     return [[cache.kept(layer, head) for head in heads] for layer in range(len(cache.layers))]
+
+
+def restored_of(cache: WorkbenchCache) -> list[list[list[int]]]:
+    """Positions that lie in segments of their own before the others: what was put back by hand."""
+    heads = range(cache.geometry.num_kv_heads)
+    return [
+        [
+            sorted(p for part in layer.store.segments[:-1] if is_dense(part) for p in part.positions_of(h).tolist())
+            for h in heads
+        ]
+        for layer in cache.layers
+    ]
 
 
 def packed_counts(cache: WorkbenchCache) -> list[list[int]]:
