@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import workbench as wb
@@ -211,9 +212,7 @@ class Findings:
 
     def _score(self, model: wb.Model, ask: Ask, recipe: str, control: Control) -> Generator[str, None, list[ScoreLog]]:
         prompt = model.encode(ask.text)
-        with device_queue(model.device).turn(control) as granted:
-            if not granted:
-                raise Cancelled
+        with _turn(model, control):
             steps = scored(model, prompt, recipe, control=control, snapshot=self._session.work.snapshot(ask))
             log, _ = yield from _told(steps, f"Compressing the prompt again: {{:,}} of {len(prompt):,} tokens")
         return [log]
@@ -222,9 +221,7 @@ class Findings:
         self, model: wb.Model, ask: Ask, trace: Any, recipe: str, control: Control
     ) -> Generator[str, None, list[HeldNumbers]]:
         prompt = model.encode(ask.text)
-        with device_queue(model.device).turn(control) as granted:
-            if not granted:
-                raise Cancelled
+        with _turn(model, control):
             snapshot = self._session.work.snapshot(ask)
             steps = numbers(model, trace.cache, prompt, recipe, control=control, snapshot=snapshot)
             return [(yield from _told(steps, f"Compressing the prompt again: {{:,}} of {len(prompt):,} tokens"))]
@@ -233,9 +230,7 @@ class Findings:
         self, model: wb.Model, ask: Ask, recipe: str, target: int, control: Control
     ) -> Generator[str, None, list[Aligned]]:
         prompt = model.encode(ask.text)
-        with device_queue(model.device).turn(control) as granted:
-            if not granted:
-                raise Cancelled
+        with _turn(model, control):
             snapshot = self._session.work.snapshot(ask)
             steps = aligned(model, prompt, recipe, target, control=control, snapshot=snapshot)
             return [(yield from _told(steps, "Searching the budget: {} tried"))]
@@ -246,12 +241,19 @@ class Findings:
         prompt = model.encode(ask.text)
         question = model.encode(ask.asked_later, continues=True) if ask.asked_later else []
         total = max(1, len(trace.answers[0].tokens))
-        with device_queue(model.device).turn(control) as granted:
-            if not granted:
-                raise Cancelled
+        with _turn(model, control):
             snapshot = self._session.work.snapshot(ask)
             steps = retained(model, trace, prompt, results, question, control=control, snapshot=snapshot)
             return (yield from _told(steps, f"Feeding the reference's answer again: step {{:,}} of {total:,}"))
+
+
+@contextmanager
+def _turn(model: wb.Model, control: Control) -> Iterator[None]:
+    """The device, once it is free; Cancelled where the wait for it was ended."""
+    with device_queue(model.device).turn(control) as granted:
+        if not granted:
+            raise Cancelled
+        yield
 
 
 def _told(steps: Generator[int, None, Any], sentence: str) -> Generator[str, None, Any]:

@@ -175,3 +175,19 @@ def notebook(tmp_path: Path) -> Iterator[Callable[[list[str]], str]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.apps.stand_in import write_model  # needs the app's packages
+
+    return str(write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def address(serve: Callable[..., str], model: str) -> str:
+    """The whole app, with a tiny model."""
+    import tests.apps.stand_in  # noqa: F401  (makes the app importable)
+    from workbench_app.frame import build
+
+    return serve(lambda: build(model=model))

@@ -23,22 +23,8 @@ pytest.importorskip("playwright.sync_api", reason="needs pytest-playwright")
 
 from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 
-from tests.apps.stand_in import write_model  # noqa: E402
-
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = 25_000  # ms; a busy machine takes its time
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def address(serve: Callable[..., str], model: str) -> str:
-    from workbench_app.frame import build
-
-    return serve(lambda: build(model=model))
 
 
 def lane(page: Page, letter: str) -> Locator:

@@ -6,7 +6,6 @@ Every test also fails on a console error, a page error and a request to another 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 
@@ -15,8 +14,6 @@ pytest.importorskip("panel_material_ui", reason="needs the app's libraries: pip 
 pytest.importorskip("playwright.sync_api", reason="needs pytest-playwright")
 
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
-
-from tests.apps.stand_in import write_model  # noqa: E402
 
 SLOW = 25_000  # ms; a busy machine takes its time
 SENTENCES = {
@@ -29,18 +26,6 @@ SENTENCES = {
     "Quantization error": r"every number as the reference has it",
     "Packed or residual": r"in full precision at 32 bits",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def address(serve: Callable[..., str], model: str) -> str:
-    from workbench_app.frame import build
-
-    return serve(lambda: build(model=model))
 
 
 def opened(page: Page, address: str) -> None:

@@ -209,18 +209,10 @@ class AttentionTrace:
 
     def as_dict(self, top: int = 8) -> dict[str, Any]:
         """The numbers of every head, as in the CLI's JSON: maps, masses of single tokens and rows are left out."""
-        g = self.model.geometry
         last = len(self.prompt) - 1
         return {
             "schema": 1,
-            "model": {
-                "id": self.model.id,
-                "num_layers": g.num_layers,
-                "num_heads": g.num_heads,
-                "num_kv_heads": g.num_kv_heads,
-                "head_dim": g.head_dim,
-                "dtype": g.dtype,
-            },
+            "model": self.model.as_dict(),
             "prompt_tokens": len(self.prompt),
             "layers": self.layers,
             "sampled": False,

@@ -57,6 +57,11 @@ class Model:
             f"{g.head_dim}, {g.dtype}, {g.bytes_per_token:,} bytes a token, on {self.device}>"
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """What results in JSON say of the model they were measured on."""
+        named = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "dtype")
+        return {"id": self.id, **{name: getattr(self.geometry, name) for name in named}}
+
     @functools.cached_property
     def loop(self) -> LayerLoop:
         """Its decoder layers, to be run one by one; ModelError where that cannot be done."""

@@ -230,17 +230,9 @@ class Comparison:
         return finish(steps)[0]
 
     def as_dict(self, kept: bool = True) -> dict[str, Any]:
-        g = self.model.geometry
         return {
             "schema": 1,
-            "model": {
-                "id": self.model.id,
-                "num_layers": g.num_layers,
-                "num_heads": g.num_heads,
-                "num_kv_heads": g.num_kv_heads,
-                "head_dim": g.head_dim,
-                "dtype": g.dtype,
-            },
+            "model": self.model.as_dict(),
             "prompt_tokens": len(self.prompt),
             "reference": self.reference,
             "lanes": [lane.as_dict(kept) for lane in self.lanes],
